@@ -1,0 +1,46 @@
+"""How an error reaches the person at the keyboard: one message, an exit code, no traceback unless asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_data.errors import InputError
+
+USER, PROGRAM = 2, 1
+"""Exit codes: the input is at fault, anything else is."""
+
+
+@contextmanager
+def reported(debug: bool = False) -> Iterator[None]:
+    """Turn an exception into `error: …` on standard error and an exit code; with `debug`, show where it came from."""
+    try:
+        yield
+    except InputError as error:
+        if debug:
+            raise
+        fail(str(error), USER)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except Exception as error:
+        if debug:
+            raise
+        fail(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (--debug shows where)", PROGRAM)
+
+
+def fail(message: str, code: int) -> None:
+    """Say `message` and exit. A rank that we started leaves it to its launcher, which shows the first failure only."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    else:
+        for line in message.splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    # DeepSpeed and gloo leave threads behind that can hold up a normal exit after a failure.
+    sys.stdout.flush()
+    raise SystemExit(code)

@@ -1,0 +1,233 @@
+"""One command-line option per config field.
+
+A command's config is a pydantic model. Its model-typed fields are groups of options; every other field is one option,
+named after it, with the string below it as help. Groups flatten: `SFTConfig.data.max_len` is `--max_len`.
+
+Only what the user gave is collected, so that defaults, YAML and flags meet in one place: the config itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import annotated_types
+import typer
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from rlhf_cli.errors import reported
+from rlhf_data.config import Alias
+from rlhf_data.errors import InputError
+
+C = TypeVar("C", bound=BaseModel)
+RUN = "This command"
+
+
+def options(config: type[BaseModel], panel: str | None = None) -> Iterator[tuple[str, FieldInfo, str | None]]:
+    """Name, field and help panel of every option of `config`, groups flattened."""
+    for name, field in config.model_fields.items():
+        if is_group(field.annotation):
+            yield from options(field.annotation, (inspect.getdoc(field.annotation) or name).rstrip("."))
+        else:
+            yield name, field, panel
+
+
+def is_group(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
+
+
+def parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:
+    """The Typer parameter of one field. Its default is None (not given): the field's own default applies later."""
+    kind, flags = plain_type(field.annotation), [f"--{name}"]
+    flags += [f"--{extra.name}" for extra in markers(field) if isinstance(extra, Alias)]
+    if kind is bool and field.default is True:
+        flags[0] += f"/--no_{name}"
+    option = typer.Option(
+        *flags,
+        help=" ".join((field.description or "").split()),
+        rich_help_panel=panel,
+        show_default=show(field),
+        **bounds(field, kind),
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def markers(field: FieldInfo) -> Iterator[Any]:
+    """Bounds and aliases of a field, also those inside `X | None`."""
+    yield from field.metadata
+    for inner in get_args(field.annotation):
+        if get_origin(inner) is Annotated:
+            yield from inner.__metadata__
+            yield from (m for nested in inner.__metadata__ if isinstance(nested, FieldInfo) for m in nested.metadata)
+
+
+def plain_type(annotation: Any) -> Any:
+    """What Typer parses: no bounds, no `| None`; whole numbers and secrets are text until the config reads them."""
+    if get_origin(annotation) is Annotated:
+        return plain_type(get_args(annotation)[0])
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        (annotation,) = [inner for inner in get_args(annotation) if inner is not types.NoneType]
+        return plain_type(annotation)
+    if get_origin(annotation) is tuple:
+        return tuple[tuple(plain_type(inner) for inner in get_args(annotation))]
+    return str if annotation is SecretStr else annotation
+
+
+def bounds(field: FieldInfo, kind: Any) -> dict[str, Any]:
+    """What `--help` says of a number's range. The config checks it (and reads `1e6`, which Typer's int would not)."""
+    if kind not in (int, float):
+        return {}
+    signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
+    parts = [f"{signs[type(m)]} {next(iter(vars(m).values())) if hasattr(m, '__dict__') else value_of(m)}"
+             for m in markers(field) if type(m) in signs]
+    metavar = "N" if kind is int else "X"
+    return {"parser": str, "metavar": f"{metavar} {', '.join(parts)}" if parts else metavar}
+
+
+def value_of(bound: Any) -> Any:
+    return next(getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name))
+
+
+def show(field: FieldInfo) -> str | bool:
+    """The default as `--help` shows it."""
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    if default is None or default is False:
+        return False
+    if default is True:
+        return "on"
+    if isinstance(default, (list, tuple)):
+        return " ".join(map(str, default))
+    return repr(default) if isinstance(default, str) and ("\n" in default or " " in default) else str(default)
+
+
+def build(config: type[C], given: dict[str, Any]) -> C:
+    """The config from flat option values, the inverse of `options`.
+
+    Raises:
+        InputError: a name is unknown, a required option is missing, or a value is not allowed; every problem is named.
+    """
+    known = {name for name, _, _ in options(config)}
+    for name in given:
+        if name not in known:
+            raise InputError(f"unknown option `{name}`{nearest(name, known)}")
+    try:
+        return config(**nest(config, given))
+    except ValidationError as error:
+        raise InputError("\n".join(problem(entry) for entry in error.errors())) from error
+
+
+def nest(config: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: nest(field.annotation, given) if is_group(field.annotation) else given[name]
+        for name, field in config.model_fields.items()
+        if is_group(field.annotation) or name in given
+    }
+
+
+def problem(entry: Any) -> str:
+    """One validation error in the user's words: option, what is wrong, value."""
+    if entry["type"] == "value_error" and len(entry["loc"]) < 2:
+        return str(entry["ctx"]["error"])
+    option = next((part for part in reversed(entry["loc"]) if isinstance(part, str) and part.islower()), "?")
+    if entry["type"] == "missing":
+        return f"--{option} is required"
+    message = str(entry["ctx"]["error"]) if entry["type"] == "value_error" else entry["msg"].replace("Input", "it", 1)
+    return message if message.startswith("--") else f"--{option}: {message}, got {entry['input']!r}"
+
+
+def nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def read_yaml(path: Path, config: type[BaseModel]) -> dict[str, Any]:
+    """Flat option values from a YAML (or JSON) file; groups may be written out, as in a run's own `config.json`."""
+    import yaml
+
+    try:
+        content = yaml.load(path.read_text(), Loader=yaml_loader(yaml))
+    except FileNotFoundError:
+        raise InputError(f"--config: there is no file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config: {path} must hold `option: value` lines, got {type(content).__name__}")
+    groups = {name for name, field in config.model_fields.items() if is_group(field.annotation)}
+    aliases = {m.name: name for name, field, _ in options(config) for m in markers(field) if isinstance(m, Alias)}
+    known, flat = {name for name, _, _ in options(config)}, {}
+    for key, value in content.items():
+        inner = value if key in groups and isinstance(value, dict) else {key: value}
+        for name, item in inner.items():
+            name = aliases.get(name := str(name).replace("-", "_"), name)
+            if name not in known:
+                raise InputError(f"--config: {path}: unknown option `{name}`{nearest(name, known)}")
+            flat[name] = item
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def yaml_loader(yaml: Any) -> Any:
+    """YAML that reads `5e-6` as a number: YAML 1.1 wants `5.0e-6`, people do not write that."""
+    import re
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    return Loader
+
+
+def spread_lists(arguments: list[str], config: type[BaseModel]) -> list[str]:
+    """Let list options take several values, `--target_modules q_proj v_proj`, as argparse users write them."""
+    lists = {f"--{name}" for name, field, _ in options(config) if get_origin(field.annotation) is list}
+    spread: list[str] = []
+    flag, taken = None, 0
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, taken = argument.replace("-", "_").replace("__", "--", 1), 0
+        elif flag in lists:
+            if taken:
+                spread.append(flag)
+            taken += 1
+        spread.append(argument)
+    return spread
+
+
+def command(app: typer.Typer, name: str, config: type[C]) -> Callable[[Callable[..., None]], None]:
+    """Register the decorated function `run(config, dry_run=…)` as `name`, with one option per field of `config`."""
+
+    class Command(typer.core.TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            return super().parse_args(ctx, spread_lists(args, config))
+
+    def register(run: Callable[..., None]) -> None:
+        extra = [p for p in inspect.signature(run).parameters.values() if p.name != "config"]
+
+        def callback(**values: Any) -> None:
+            with reported(debug=values.pop("debug")):
+                path = values.pop("config")
+                own = {parameter.name: values.pop(parameter.name) for parameter in extra}
+                flags = {key: value for key, value in values.items() if value is not None and value != []}
+                given = (read_yaml(path, config) if path else {}) | flags
+                run(build(config, given), **own)
+
+        signature = [parameter(*option) for option in options(config)]
+        file = Annotated[Path | None, typer.Option("--config", help="YAML or JSON file of options, e.g. a run's own `run/config.json`; flags win.", rich_help_panel=RUN)]
+        debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUN)]
+        signature.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file))
+        signature.append(inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=debug))
+        signature += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=typing.get_type_hints(run, include_extras=True)[p.name]) for p in extra]
+        callback.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+        app.command(name, cls=Command, help=inspect.getdoc(config), no_args_is_help=True)(callback)
+
+    return register

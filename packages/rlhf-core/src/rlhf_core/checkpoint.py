@@ -1,0 +1,187 @@
+"""Resumable checkpoints that are whole or not there.
+
+A checkpoint is written beside, synced, and renamed; only then are old ones removed. Its manifest lists every file with
+size and checksum, so that a damaged one is recognised before anything is loaded from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_core.config import CheckpointConfig
+from rlhf_core.strategy import Strategy
+from rlhf_data.errors import InputError
+
+NAME = re.compile(r"global_step(\d+)")
+MANIFEST, STATE, ENGINE = "manifest.json", "state.json", "engine"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. What was there before is intact."""
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        config: where, how many, how large.
+        strategy: the ranks that write together.
+    """
+
+    def __init__(self, config: CheckpointConfig, strategy: Strategy) -> None:
+        self.folder = Path(config.ckpt_path or Path(config.save_path) / "checkpoints")
+        self.config = config
+        self.strategy = strategy
+
+    def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint of `engine` and `state`, then remove those that are too many.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written.
+        """
+        final, staging = self.folder / f"global_step{step}", self.folder / f".writing-global_step{step}"
+        try:
+            if self.strategy.is_first:
+                for leftover in self.folder.glob(".writing-*"):
+                    shutil.rmtree(leftover)
+                staging.mkdir(parents=True)
+            self.strategy.barrier()
+            engine.save_checkpoint(str(staging), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            save_file(random_state(), staging / f"random_rank{self.strategy.rank}.safetensors")
+            self.strategy.barrier()
+            if self.strategy.is_first:
+                (staging / STATE).write_text(json.dumps(state, indent=2))
+                seal(staging)
+                publish(staging, final)
+                self.prune()
+        except (OSError, RuntimeError) as error:
+            if self.strategy.is_first:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({error}); earlier checkpoints are intact: "
+                "free some space or choose another --ckpt_path, then continue with --load_checkpoint"
+            ) from error
+        self.strategy.barrier()
+        return final
+
+    def prune(self) -> None:
+        """Remove the oldest checkpoints over the limits, never the newest and nothing that is not one of ours."""
+        kept, size = 0, 0.0
+        for path in self.all():
+            kept, size = kept + 1, size + sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e9
+            if kept > 1 and (kept > self.config.max_ckpt_num or size > self.config.max_ckpt_mem):
+                shutil.rmtree(path)
+                shutil.rmtree(exported(path), ignore_errors=True)
+
+    def all(self) -> list[Path]:
+        """Checkpoints, newest first."""
+        found = [p for p in self.folder.glob("global_step*") if NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
+        return sorted(found, key=lambda p: -int(NAME.fullmatch(p.name)[1]))  # type: ignore[index]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint and its state. Damaged ones are passed over, and said so.
+
+        Raises:
+            InputError: there are checkpoints and all are damaged.
+        """
+        def choose() -> tuple[list[str], Path | None]:
+            notes = []
+            for path in self.all():
+                if not (problem := damage(path)):
+                    return notes, path
+                notes.append(f"warning: {path} is damaged ({problem}); trying the one before")
+            return notes, None
+
+        notes, path = self.strategy.share(choose)
+        for note in notes:
+            self.strategy.say(note)
+        if path is None and notes:
+            raise InputError(f"--load_checkpoint: every checkpoint in {self.folder} is damaged; remove them to start anew")
+        return None if path is None else (path, json.loads((path / STATE).read_text()))
+
+    def load(self, engine: Any, path: Path) -> None:
+        """Put `engine` and this rank's random state back to where they were at `path`."""
+        engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
+        restore_random_state(load_file(path / f"random_rank{self.strategy.rank}.safetensors"))
+
+
+def exported(checkpoint: Path) -> Path:
+    """Where the Hugging Face export beside a checkpoint goes (`--save_hf_ckpt`)."""
+    return checkpoint.with_name(checkpoint.name + "_hf")
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def seal(folder: Path) -> None:
+    """Sync every file of `folder` to disk and list them, with size and checksum, in its manifest."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sync(path)
+        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "crc32": checksum(path)}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=2))
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Give a finished folder its name. An older one of that name (from before a restart) makes way."""
+    old = final.with_name(f".writing-old-{final.name}")
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    sync(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, or nothing."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read: {error}"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+        if checksum(path) != entry["crc32"]:
+            return f"{name} has other content than was written"
+    return ""

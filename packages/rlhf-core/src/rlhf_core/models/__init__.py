@@ -1,0 +1,1 @@
+"""Models: loading, ragged attention, the policy and its head."""

@@ -1,0 +1,95 @@
+"""Attention over samples laid end to end, without flash-attn being a requirement.
+
+`rlhf_ragged` is registered with transformers' `AttentionInterface`. The model call carries `cu_seq_lens_q`; every layer's
+attention then stays within samples. On CUDA one variable-length kernel does it, elsewhere one SDPA call per sample.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+RAGGED = "rlhf_ragged"
+
+
+def ragged_implementation(device: torch.device) -> tuple[str, str]:
+    """The best attention without padding on `device`: its name for transformers, and a line for the log."""
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2", "FlashAttention 2 (flash-attn), samples laid end to end"
+    if device.type == "cuda":
+        return RAGGED, "torch's variable-length attention, samples laid end to end (flash-attn is not installed)"
+    return RAGGED, "one attention call per sample, samples laid end to end (there is no CUDA device for flash-attn)"
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sample.
+
+    Args:
+        query: `[1, heads, T, D]`; `key` and `value` the same with their own number of heads.
+        cu_seq_lens_q: where each sample starts, and the end, `[N+1]`. Without it, one sample of T tokens (generation).
+        max_length_q: length of the longest sample.
+
+    Returns:
+        `[1, T, heads, D]`, and no attention weights.
+
+    Raises:
+        ValueError: the layer asks for something that has no ragged form here (attention sinks, a soft cap).
+    """
+    unknown = [name for name in ("s_aux", "softcap", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} uses {', '.join(unknown)}, which attention without padding does not do here: "
+            "leave out --flash_attn and --packing_samples"
+        )
+    dropout = dropout if module.training else 0.0
+    if cu_seq_lens_q is None:
+        return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
+    if query.device.type == "cuda" and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        gqa = q.shape[1] != k.shape[1]
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, enable_gqa=gqa)
+        return out[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    pieces = [
+        _attend(q, k, v, scaling, dropout, sliding_window)
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
+    """Causal attention of one sample, queries aligned to the end of the keys; `[1, heads, L, D]`."""
+    length, context = query.shape[2], key.shape[2]
+    mask = None
+    if (window and context > window) or length != context:
+        places = torch.arange(context, device=query.device)
+        behind = places[context - length :, None] - places[None]
+        mask = (behind >= 0) & (behind < (window or context))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+AttentionInterface.register(RAGGED, ragged_attention)
+AttentionMaskInterface.register(RAGGED, lambda *args, **kwargs: None)

@@ -1,0 +1,158 @@
+"""Loading a model, with every way in which that can go wrong said in the user's words."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.config import LoraConfig, ModelConfig
+from rlhf_data.errors import InputError
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The model's architecture, without its weights.
+
+    Raises:
+        InputError: there is no such folder or model, its config cannot be read, or an option does not fit it.
+    """
+    from transformers import AutoConfig
+
+    if looks_local(model.pretrain):
+        check_folder(Path(model.pretrain).expanduser())
+    try:
+        config = AutoConfig.from_pretrained(model.pretrain, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"--pretrain {model.pretrain}: {first_line(error)}") from error
+    text = config.get_text_config()
+    if model.aux_loss_coef and not any(getattr(text, name, None) for name in EXPERTS):
+        raise InputError(
+            f"--aux_loss_coef {model.aux_loss_coef} balances experts, and {model.pretrain} ({text.model_type}) has none: leave it out"
+        )
+    return config
+
+
+def looks_local(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~", ".")) or Path(name).expanduser().is_dir()
+
+
+def check_folder(folder: Path) -> None:
+    """Look at a model folder closely enough to refuse a broken one before anything is loaded."""
+    if not folder.is_dir():
+        raise InputError(f"--pretrain {folder}: there is no such folder")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"--pretrain {folder} is an adapter, not a whole model: merge it into its base model first")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--pretrain {folder}: there is no config.json, so this is not a model folder in Hugging Face format")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise InputError(f"--pretrain {folder}: config.json is not valid JSON ({error})") from error
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not list(folder.glob("*.bin")):
+        raise InputError(f"--pretrain {folder}: there are no weights (*.safetensors) in it")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        if missing := sorted(path.name for path in named if not path.is_file()):
+            raise InputError(f"--pretrain {folder}: {index.name} names {', '.join(missing)}, which is not there")
+    for path in weights:
+        check_safetensors(path)
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a file's size with what its header promises: a cut-off download is told apart without reading it."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("the header is cut off")
+            header = json.loads(file.read(length))
+        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--pretrain: {path} is not a readable safetensors file ({error})") from error
+    if size != end:
+        raise InputError(f"--pretrain: {path} is damaged: it has {size} bytes and should have {end}")
+
+
+def load_model(
+    model: ModelConfig, lora: LoraConfig, *, attn_implementation: str, deepspeed: dict[str, Any] | None = None
+) -> Any:
+    """A causal language model ready to train: number format, attention, quantisation, adapters, checkpointing.
+
+    Args:
+        model: which model and how.
+        lora: adapters, if any.
+        attn_implementation: transformers' name of the attention.
+        deepspeed: the DeepSpeed configuration when its ZeRO stage is 3, so that weights are split while loading.
+
+    Raises:
+        InputError: the weights cannot be loaded, or an option does not fit the model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    split_while_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # noqa: F841 (alive while loading)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.pretrain,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            quantization_config=four_bit(dtype) if lora.load_in_4bit else None,
+        )
+    except ImportError as error:
+        raise InputError(f"--load_in_4bit needs bitsandbytes: pip install 'rlhf-core[qlora]' ({first_line(error)})") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"--pretrain {model.pretrain}: the model cannot be loaded: {first_line(error)}") from error
+    loaded.config.use_cache = False
+    if lora.lora_rank:
+        loaded = with_adapter(loaded, lora)
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable({"use_reentrant": model.gradient_checkpointing_use_reentrant})
+        if lora.lora_rank or model.gradient_checkpointing_use_reentrant:
+            loaded.enable_input_require_grads()
+    return loaded
+
+
+def four_bit(dtype: Any) -> Any:
+    """NF4 with double quantisation. Source: Dettmers et al. 2023, section 3 (arXiv:2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def with_adapter(model: Any, lora: LoraConfig) -> Any:
+    """Freeze the model and add LoRA matrices. Source: Hu et al. 2021, eq. 3 (arXiv:2106.09685)."""
+    import peft
+
+    whole = lora.target_modules == ["all-linear"]
+    if lora.load_in_4bit:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapter = peft.LoraConfig(
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules="all-linear" if whole else lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, adapter)
+    except ValueError as error:
+        raise InputError(f"--target_modules {' '.join(lora.target_modules)}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of an error that was not written for our users."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

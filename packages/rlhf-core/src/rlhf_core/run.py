@@ -1,0 +1,79 @@
+"""From options to a trained model: the order of things that every method shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_core.config import TrainConfig
+from rlhf_data.errors import InputError
+
+
+def run(config: TrainConfig, make_method: Callable[[TrainConfig, Any], Any], *, dry_run: bool = False, world_size: int = 1) -> None:
+    """Check everything, load the model, train, and write the result.
+
+    Args:
+        config: the run's options.
+        make_method: reads and tokenises the data, given the options and the tokenizer.
+        dry_run: stop after the plan, before any weight is loaded.
+        world_size: ranks of the run, for a dry run (a real one knows).
+    """
+    from rlhf_core.models.load import load_model_config
+    from rlhf_core.plan import check_batches, check_writable, make_plan
+    from rlhf_data.tokenizer import load_tokenizer
+
+    check_writable(config)
+    strategy = None
+    if not dry_run:
+        from rlhf_core.strategy import Strategy
+
+        strategy = Strategy(config)
+        world_size = strategy.world_size
+    check_batches(config, world_size)
+    model_config = load_model_config(config.model)
+    tokenizer = load_tokenizer(
+        config.model.pretrain,
+        use_fast=not config.model.disable_fast_tokenizer,
+        chat_template=config.data.tokenizer_chat_template,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    method = make_method(config, tokenizer)
+    if len(tokenizer) > model_config.get_text_config().vocab_size:
+        raise InputError(
+            f"--pretrain {config.model.pretrain}: its tokenizer has {len(tokenizer)} tokens and the model only "
+            f"{model_config.get_text_config().vocab_size}: they do not belong together"
+        )
+    plan = make_plan(config, model_config, method.train, method.evaluation, world_size, method.token_budget)
+    if strategy is None or strategy.is_first:
+        print(method.data_report.format(), plan.format(config), sep="\n\n", flush=True)
+    if strategy:
+        train(config, strategy, method, tokenizer, model_config, plan)
+
+
+def train(config: TrainConfig, strategy: Any, method: Any, tokenizer: Any, model_config: Any, plan: Any) -> None:
+    """Load, train, export."""
+    from pathlib import Path
+
+    import torch
+
+    from rlhf_core.export import export
+    from rlhf_core.fit import fit
+    from rlhf_core.models.attention import ragged_implementation
+    from rlhf_core.models.load import load_model
+    from rlhf_core.models.policy import Policy, check_policy
+
+    ragged = config.model.flash_attn or method.token_budget is not None
+    attention = "sdpa"
+    if ragged:
+        attention, why = ragged_implementation(strategy.device)
+        strategy.say(f"attention: {why}")
+    stage3 = strategy.deepspeed_config() if config.parallel.zero_stage == 3 else None
+    model = load_model(config.model, config.lora, attn_implementation=attention, deepspeed=stage3)
+    policy = Policy(model, ragged=ragged, balance=bool(config.model.aux_loss_coef))
+    engine = strategy.prepare(policy, plan.total_steps)
+    engine.eval()
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    check_policy(engine, model_config.get_text_config().vocab_size, strategy.device, dtype)
+    fit(method, engine, policy, tokenizer, strategy, config, plan, method.data_report)
+    export(policy, tokenizer, Path(config.checkpoint.save_path), strategy)
+    strategy.say(f"saved {config.checkpoint.save_path}")

@@ -1,0 +1,1 @@
+"""Data for post-training: rows to token ids once, packing, and an order that can be resumed."""

@@ -1,0 +1,144 @@
+"""The options of everything that reads data, declared once.
+
+A field is an option: its name is the flag, its type the parser, its default the default, the string below it the
+help. The command line, YAML files, the saved `config.json`, the docs and the Python API all come from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Config(BaseModel):
+    """A group of options: frozen, typed, bounded; unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another flag for the same option, for people who know it under that name: `Annotated[int, Alias("max_epoch")]`."""
+
+    name: str
+
+
+def whole_number(value: Any) -> Any:
+    """Read `1e6` as 1000000: whole numbers may be written the way people write large ones."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(whole_number), Field(ge=1)]
+"""A whole number of at least one; `1e6` is accepted."""
+
+DISABLED = ("", '""', "''", "None", "none", "null")
+"""The ways in which `--input_template` is switched off (shell here-documents deliver the quotes themselves)."""
+
+
+class DataConfig(Config):
+    """Data."""
+
+    dataset: str
+    """Training data: a Hub id, `id@subset`, a local .json, .jsonl, .csv, .parquet or .arrow file, a `save_to_disk`
+    folder or a folder of such files. A comma separates several."""
+
+    dataset_probs: str | None = None
+    """Mixing probabilities, one per data set, separated by commas: rows are drawn by them until one data set runs out.
+    Without it, several data sets are joined whole."""
+
+    train_split: str = "train"
+    """Split to train on."""
+
+    eval_dataset: str | None = None
+    """Evaluation data, in the same forms as `--dataset`; without it the evaluation split of `--dataset` is used."""
+
+    eval_split: str = "test"
+    """Split to evaluate on. A data set without it has `--eval_ratio` of its training rows held out instead."""
+
+    eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the training rows held out for evaluation (and removed from training) when there is no evaluation split;
+    0 for no evaluation."""
+
+    max_samples: Count | None = None
+    """Most training rows to read from each data set, and to keep after mixing. Without it, all."""
+
+    max_len: Count = 2048
+    """Longest sample (prompt and response), in tokens."""
+
+    row_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """Shape of the rows; `auto` recognises it from the column names and says what it found. `--input_key` and the other
+    key options force the columns."""
+
+    input_key: str | None = None
+    """Column of the prompt (text or a list of chat messages), of the messages, or with `--pretrain_mode` of the text."""
+
+    output_key: str | None = None
+    """Column of the response. Without it, the last assistant turn of a chat row is the response."""
+
+    input_template: str | None = "User: {}\nAssistant: "
+    """How a plain prompt is written out: one `{}` stands for it; backslash escapes such as \\n are decoded; "" or None
+    switches it off. Not used with `--apply_chat_template`."""
+
+    apply_chat_template: bool = False
+    """Write rows out with the tokenizer's chat template."""
+
+    tokenizer_chat_template: str | None = None
+    """Chat template (Jinja text, or the path of a file with it) to use instead of the tokenizer's own."""
+
+    strict_data: bool = False
+    """Make any dropped row an error; otherwise dropped rows are counted and reported by reason."""
+
+    data_cache_dir: str | None = None
+    """Folder for tokenised data; by default the user's cache folder."""
+
+    @model_validator(mode="after")
+    def _template_has_one_slot(self) -> DataConfig:
+        from rlhf_data.templates import decode_escapes
+
+        if self.input_template is not None and not self.apply_chat_template:
+            if self.input_template in DISABLED:
+                object.__setattr__(self, "input_template", None)
+            elif decode_escapes(self.input_template).count("{}") != 1:
+                raise ValueError(
+                    f"--input_template must contain `{{}}` exactly once, where the prompt goes, got "
+                    f'{self.input_template!r}; give "" to switch the template off'
+                )
+        return self
+
+
+class SFTDataConfig(DataConfig):
+    """Data."""
+
+    pretrain_mode: bool = False
+    """Continue pre-training: rows are plain text (`--input_key`, or the column `text`), every token is trained, long
+    documents are cut into pieces of `--max_len`, none of it is lost."""
+
+    multiturn: bool = False
+    """Train on every assistant turn of a chat row, not on the last one only."""
+
+    packing_samples: bool = False
+    """Lay samples end to end instead of padding them: rows are filled by best fit up to `--packing_tokens`. Samples never
+    see each other."""
+
+    packing_tokens: Count | None = None
+    """Token budget of a packed row; by default `--micro_train_batch_size` times `--max_len`."""
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> SFTDataConfig:
+        if self.pretrain_mode and self.apply_chat_template:
+            raise ValueError("--pretrain_mode trains on plain text: give it without --apply_chat_template")
+        if self.multiturn and not self.apply_chat_template:
+            raise ValueError("--multiturn is about chat rows: give it with --apply_chat_template")
+        if self.packing_tokens is not None and self.packing_tokens < self.max_len:
+            raise ValueError(
+                f"--packing_tokens {self.packing_tokens} is less than --max_len {self.max_len}: a sample of that length "
+                "would fit into no row; raise the one or lower the other"
+            )
+        return self

@@ -1,0 +1,280 @@
+"""Conversations to token ids, once: every piece is encoded on its own, so which ids are trained is exact.
+
+Nothing is rendered to one text and cut again, so no merge can join a prompt's last characters with a response's first
+ones, and targets follow from the lengths of pieces, never from the values of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_data.errors import InputError
+from rlhf_data.rows import Chat, Conversation, Pair, RowError, Text
+from rlhf_data.templates import ChatTemplate, Piece, as_chat, decode_escapes, plain_pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOO_LONG = "prompt longer than --max_len"
+NEEDS_TEMPLATE = "the rows hold chat messages: give --apply_chat_template to write them out"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training sequence of L tokens.
+
+    Attributes:
+        input_ids: int32 `[L]`.
+        target_mask: bool `[L]`; True where the token is to be predicted, from those before it. Never at position 0.
+        truncated: the response was cut at `max_len` and so does not end in EOS.
+    """
+
+    input_ids: np.ndarray
+    target_mask: np.ndarray
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What decides token ids besides tokenizer and row: the options of the same names on `SFTDataConfig`."""
+
+    max_len: int
+    input_template: str | None = None
+    apply_chat_template: bool = False
+    tokenizer_chat_template: str | None = None
+    multiturn: bool = False
+
+
+class Encoder:
+    """Turns conversations into samples with one tokenizer and one set of options.
+
+    Raises:
+        InputError: the tokenizer has no EOS token, or no chat template where one is needed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions):
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path} has no EOS token, so the model could not learn to stop; "
+                'name one of its tokens as "eos_token" in its tokenizer_config.json'
+            )
+        if options.max_len < 2:
+            raise InputError(
+                f"--max_len {options.max_len} leaves no room for a token and one before it; give at least 2"
+            )
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.prefix = special_prefix(tokenizer)
+        self.max_len = options.max_len
+        self.template = None if options.input_template is None else decode_escapes(options.input_template)
+        override = options.tokenizer_chat_template
+        self.chat = ChatTemplate.of(tokenizer, override, options.multiturn) if options.apply_chat_template else None
+        self._tokenizer = tokenizer
+        self._first, self._continuation = piece_encoders(tokenizer)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Sample] | RowError]:
+        """Encode a block of conversations, all texts at once.
+
+        Returns:
+            For each conversation its samples (one, except that a `Text` is cut into as many as it fills), or the
+            reason why it has none.
+        """
+        written: list[list[Piece] | RowError] = [self._pieces(conversation) for conversation in conversations]
+        ids = iter(self._encode_pieces([pieces for pieces in written if not isinstance(pieces, RowError)]))
+        results: list[list[Sample] | RowError] = []
+        for conversation, pieces in zip(conversations, written, strict=True):
+            if isinstance(pieces, RowError):
+                results.append(pieces)
+                continue
+            try:
+                results.append(self._assemble(conversation, pieces, next(ids)))
+            except RowError as reason:
+                results.append(reason)
+        return results
+
+    def unwritable(self, texts: Sequence[str]) -> set[str]:
+        """Characters of some texts that do not come back from their ids: the model never sees them."""
+        decoded = self._tokenizer.batch_decode(self._continuation(list(texts)), clean_up_tokenization_spaces=False)
+        return set("".join(texts)) - set("".join(decoded))
+
+    def _pieces(self, conversation: Conversation) -> list[Piece] | RowError:
+        if isinstance(conversation, Text):
+            return [Piece(conversation.text, True)]
+        if isinstance(conversation, Pair) and self.chat is None:
+            return plain_pieces(conversation, self.template)
+        if self.chat is None:
+            return RowError(NEEDS_TEMPLATE)
+        try:
+            return self.chat.pieces(as_chat(conversation) if isinstance(conversation, Pair) else conversation)
+        except RowError as reason:
+            return reason
+
+    def _encode_pieces(self, written: list[list[Piece]]) -> Iterable[list[list[int]]]:
+        """Ids of every piece of every conversation, with two calls to the tokenizer in all."""
+        firsts = self._first([pieces[0].text for pieces in written])
+        rest = iter(self._continuation([piece.text for pieces in written for piece in pieces[1:]]))
+        for first, pieces in zip(firsts, written, strict=True):
+            yield [first, *(next(rest) for _ in pieces[1:])]
+
+    def _assemble(self, conversation: Conversation, pieces: list[Piece], ids: list[list[int]]) -> list[Sample]:
+        if isinstance(conversation, Text):
+            return self._chunks(self._with_prefix(ids[0]))
+        if self.chat is None:
+            return [self._sample([self._with_prefix(ids[0]), ids[1]], [0, len(ids[1])])]
+        # a chat template writes BOS itself where it wants one
+        targets = [
+            self._up_to_eos(piece_ids) if piece.target else 0 for piece, piece_ids in zip(pieces, ids, strict=True)
+        ]
+        return [self._sample([*ids[:-1], ids[-1][: targets[-1]]], targets)]
+
+    def _with_prefix(self, ids: list[int]) -> list[int]:
+        """Put the tokenizer's BOS first, once: an input template may have written it already."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def _up_to_eos(self, ids: list[int]) -> int:
+        """How many tokens of an assistant turn are targets: all up to its first EOS (a template may add a line end)."""
+        return ids.index(self.eos_id) + 1 if self.eos_id in ids else len(ids)
+
+    def _sample(self, parts: list[list[int]], targets: list[int]) -> Sample:
+        """Join parts, each with its first `targets` tokens trained, end in EOS, and cut at `max_len`."""
+        if targets[-1] == 0:
+            raise RowError("the response has no token")
+        if parts[-1][-1] != self.eos_id:
+            parts, targets = [*parts[:-1], [*parts[-1], self.eos_id]], [*targets[:-1], targets[-1] + 1]
+        ids = np.array([token for part in parts for token in part], np.int32)
+        mask = np.zeros(len(ids), np.bool_)
+        start = 0
+        for part, count in zip(parts, targets, strict=True):
+            mask[start : start + count] = True
+            start += len(part)
+        mask[0] = False  # nothing comes before it to predict it from
+        truncated = len(ids) > self.max_len
+        ids, mask = ids[: self.max_len], mask[: self.max_len]
+        if not mask.any():
+            raise RowError(TOO_LONG)
+        return Sample(ids, mask, truncated)
+
+    def _chunks(self, ids: list[int]) -> list[Sample]:
+        """Cut a document into samples of at most `max_len` tokens, every token (but the first) a target exactly once.
+
+        A following sample starts with the last token of the one before, as context: its own first token follows from it.
+        """
+        whole = np.array(ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id], np.int32)
+        samples = []
+        for start in range(0, len(whole) - 1, self.max_len - 1):
+            chunk = whole[start : start + self.max_len]
+            mask = np.ones(len(chunk), np.bool_)
+            mask[0] = False
+            samples.append(Sample(chunk, mask))
+        if not samples:
+            raise RowError("the text has no token")
+        return samples
+
+
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids the tokenizer itself puts before a text (its BOS policy): often `[bos]`, often nothing."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    full = tokenizer("x")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start])
+    return []
+
+
+EncodeTexts = Callable[[list[str]], list[list[int]]]
+
+
+def piece_encoders(tokenizer: PreTrainedTokenizerBase) -> tuple[EncodeTexts, EncodeTexts]:
+    """Functions that encode texts, without special tokens, as the start of a sequence and as its continuation.
+
+    They differ for tokenizers that write a space before every text they are given (`▁` or `Ġ`): in a continuation that
+    would be a space nobody wrote.
+    """
+    if not tokenizer.is_fast:
+        return _slow_encoders(tokenizer)
+    from tokenizers import Tokenizer
+
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description |= {"truncation": None, "padding": None}
+    first = Tokenizer.from_str(json.dumps(description))
+    description |= {
+        "normalizer": without_added_space(description["normalizer"]),
+        "pre_tokenizer": without_added_space(description["pre_tokenizer"]),
+    }
+    continuation = Tokenizer.from_str(json.dumps(description))
+    _check_continuation(tokenizer, first, continuation)
+    return _batch_encoder(first), _batch_encoder(continuation)
+
+
+def _batch_encoder(backend: Any) -> EncodeTexts:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode
+
+
+def without_added_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer (as in tokenizer.json) that adds no space before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        kept = [inner for inner in map(without_added_space, part[name]) if inner is not None]
+        return part | {name: kept}
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    if part["type"] == "ByteLevel":
+        return part | {"add_prefix_space": False}
+    return part
+
+
+def _check_continuation(tokenizer: PreTrainedTokenizerBase, first: Any, continuation: Any) -> None:
+    """Make sure by round trip that ids of a text and ids of its continuation decode to the joined text."""
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    for start, rest in (("one two", "one two"), ("one ", "two"), ("one", " two")):
+        whole = first.encode(start + rest, add_special_tokens=False).ids
+        ids = [
+            first.encode(start, add_special_tokens=False).ids,
+            continuation.encode(rest, add_special_tokens=False).ids,
+        ]
+        lossless = decode(whole) == start + rest and decode(ids[0]) == start
+        if lossless and decode(ids[0] + ids[1]) != start + rest:
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path} cannot continue a text: {start!r} and {rest!r} come back as "
+                f"{decode(ids[0] + ids[1])!r}; use another tokenizer with this model's vocabulary"
+            )
+
+
+def _slow_encoders(tokenizer: PreTrainedTokenizerBase) -> tuple[EncodeTexts, EncodeTexts]:
+    """As `piece_encoders`, for tokenizers written in Python: a continuation is encoded behind a line end."""
+    anchor = tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def continue_(text: str) -> list[int]:
+        ids = encode("\n" + text)
+        return ids[len(anchor) :] if anchor and ids[: len(anchor)] == anchor else encode(text)
+
+    return lambda texts: [encode(text) for text in texts], lambda texts: [continue_(text) for text in texts]
+
+
+def encode_options_of(config: Any) -> EncodeOptions:
+    """The options of an `SFTDataConfig` that decide token ids."""
+    return EncodeOptions(
+        max_len=config.max_len,
+        input_template=config.input_template,
+        apply_chat_template=config.apply_chat_template,
+        tokenizer_chat_template=config.tokenizer_chat_template,
+        multiturn=config.multiturn,
+    )

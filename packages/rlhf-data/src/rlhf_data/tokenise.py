@@ -1,0 +1,173 @@
+"""Rows of a source to a token store: read, encode in blocks, count what is dropped, and never twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_data.encode import NEEDS_TEMPLATE, EncodeOptions, Encoder, Sample
+from rlhf_data.errors import InputError
+from rlhf_data.readers import Place, Rows
+from rlhf_data.report import SourceReport
+from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError, RowOptions, recognise
+from rlhf_data.sources import Source
+from rlhf_data.store import StoreWriter, TokenStore, open_store, store_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BLOCK = 1000
+"""Rows handed to the tokenizer at once: enough to keep all its threads busy, few enough to hold in memory."""
+
+SHOW_PROGRESS = 2000
+"""Rows from which on a progress bar is worth its line."""
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """What is the same for all sources of a run.
+
+    Attributes:
+        tokenizer: gives the ids.
+        encode: options that decide the ids.
+        rows: options that decide how rows are read.
+        folder: where stores are kept.
+        strict: a dropped row is an error.
+        progress: show a progress bar while many rows are tokenised.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    encode: EncodeOptions
+    rows: RowOptions
+    folder: Path
+    strict: bool = False
+    progress: bool = True
+
+    def store(self, source: Source, max_rows: int | None = None) -> tuple[TokenStore, SourceReport]:
+        """Token store of (the first `max_rows` rows of) a source, built if it is not there, and its report.
+
+        Raises:
+            InputError: rows cannot be read or recognised, or (when strict) one of them cannot be used.
+        """
+        encoder = Encoder(self.tokenizer, self.encode)  # first: its errors are about the options, not the data
+
+        def fill(writer: StoreWriter) -> dict[str, Any]:
+            return asdict(_Filling(self, source, encoder, writer, max_rows).run())
+
+        store, cached = open_store(self.folder, self._key(source, encoder, max_rows), fill)
+        report = SourceReport.from_dict(store.meta["report"])
+        report.cached = cached
+        if self.strict and report.dropped:
+            reason, drop = next(iter(report.dropped.items()))
+            raise _strict_error(drop.first, reason)
+        return store, report
+
+    def _key(self, source: Source, encoder: Encoder, max_rows: int | None) -> str:
+        return store_key(
+            name=source.name,  # places in the report name it
+            split=source.split,
+            content=source.content_key(),
+            tokenizer=_fingerprint(self.tokenizer),
+            prefix=encoder.prefix,
+            chat_template=encoder.chat.text if encoder.chat else None,
+            encode=asdict(self.encode),
+            rows=asdict(self.rows),
+            max_rows=max_rows,
+        )
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of everything in a tokenizer that decides ids."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    body = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    return json.dumps([type(tokenizer).__name__, special, tokenizer.eos_token_id, body])
+
+
+class _Filling:
+    """One pass over the rows of one source, into a writer."""
+
+    def __init__(self, tokeniser: Tokeniser, source: Source, encoder: Encoder, writer: StoreWriter, limit: int | None):
+        self.options, self.source, self.encoder, self.writer = tokeniser, source, encoder, writer
+        self.limit = limit
+        self.report = SourceReport(source.name, source.split)
+
+    def run(self) -> SourceReport:
+        rows = self.source.rows()
+        first = next(rows, None)
+        if first is None:
+            raise InputError(f"{self.source.name} [{self.source.split}] has no rows")
+        row_format = recognise(first[1], self.options.rows, str(first[0]))
+        self.report.recognised = row_format.describe
+        counted = self._with_bar(islice(chain([first], rows), self.limit))
+        while block := list(islice(counted, BLOCK)):
+            places, conversations = self._read(block, row_format.read)
+            if not self.report.rows_kept:
+                self.report.unwritable = "".join(sorted(self.encoder.unwritable(_trained_texts(conversations))))
+            self._add(places, conversations)
+        return self.report
+
+    def _read(self, block: list[tuple[Place, Row]], read: Any) -> tuple[list[Place], list[Conversation]]:
+        places, conversations = [], []
+        for place, row in block:
+            self.report.rows_read += 1
+            try:
+                conversation = read(row)
+            except RowError as reason:
+                self._drop(reason, place)
+                continue
+            if isinstance(conversation, Chat) and self.encoder.chat is None:
+                raise InputError(f"{place}: {NEEDS_TEMPLATE}")
+            conversations.append(conversation)
+            places.append(place)
+        return places, conversations
+
+    def _add(self, places: list[Place], conversations: list[Conversation]) -> None:
+        kept: list[list[Sample]] = []
+        for place, result in zip(places, self.encoder.encode(conversations), strict=True):
+            if isinstance(result, RowError):
+                self._drop(result, place)
+                continue
+            kept.append(result)
+            self.report.truncated += sum(sample.truncated for sample in result)
+        self.report.rows_kept += len(kept)
+        self.report.samples += sum(len(samples) for samples in kept)
+        self.writer.add(kept)
+
+    def _drop(self, reason: RowError, place: Place) -> None:
+        if self.options.strict:
+            raise _strict_error(str(place), str(reason))
+        self.report.drop(str(reason), place)
+
+    def _with_bar(self, rows: Rows) -> Iterator[tuple[Place, Row]]:
+        """The same rows, with a progress bar from row `SHOW_PROGRESS` on."""
+        head = list(islice(rows, SHOW_PROGRESS))
+        yield from head
+        if len(head) < SHOW_PROGRESS:
+            return
+        from tqdm import tqdm
+
+        total = min(filter(None, (self.source.count, self.limit)), default=None)
+        name = f"tokenising {self.source.name}"
+        with tqdm(rows, name, total, initial=len(head), unit=" rows", disable=not self.options.progress) as bar:
+            yield from bar
+
+
+def _trained_texts(conversations: list[Conversation]) -> list[str]:
+    """Texts that are trained on, for a look at whether the tokenizer can write them."""
+    texts: list[str] = []
+    for conversation in conversations:
+        if isinstance(conversation, Chat):
+            texts += [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+        else:
+            texts.append(conversation.response if isinstance(conversation, Pair) else conversation.text)
+    return texts
+
+
+def _strict_error(where: str, reason: str) -> InputError:
+    return InputError(f"{where}: {reason} (--strict_data: no row may be dropped)")

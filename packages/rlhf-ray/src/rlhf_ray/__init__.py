@@ -1,0 +1,1 @@
+"""PPO on Ray with vLLM rollouts. Light: Ray is imported where it is used."""
