@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_core.checkpoint import CheckpointError, sync
+from rlhf_core.libraries import deepspeed
 from rlhf_core.models.policy import Policy
 from rlhf_core.strategy import Strategy
 
@@ -106,9 +107,7 @@ def gathered(parameters: list[Tensor]) -> Any:
     """Whole parameters where ZeRO-3 has split them; nothing to do otherwise."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
+    return deepspeed().zero.GatheredParameters(parameters)
 
 
 def name_shards(folder: Path, names: list[list[str]], total: int) -> None:
@@ -142,8 +141,10 @@ def write_configs(base: Any, folder: Path) -> None:
 
 def move_into_place(staging: Path, folder: Path) -> None:
     """Move finished files over older ones, and remove shards that the older model had and this one has not."""
+    os.umask(mask := os.umask(0o022))
     new = sorted(staging.iterdir(), key=lambda p: p.name == "config.json")
     for path in new:
+        path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
         sync(path)
         os.replace(path, folder / path.name)
     written = {path.name for path in new}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_core.config import TrainConfig
+from rlhf_core.libraries import settle
 from rlhf_data.errors import InputError
 
 
@@ -22,6 +23,7 @@ def run(config: TrainConfig, make_method: Callable[[TrainConfig, Any], Any], *, 
     from rlhf_core.plan import check_batches, check_writable, make_plan
     from rlhf_data.tokenizer import load_tokenizer
 
+    settle()
     check_writable(config)
     strategy = None
     if not dry_run:

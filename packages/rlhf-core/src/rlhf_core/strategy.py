@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_core.config import TrainConfig
 from rlhf_core.deepspeed_config import clips_gradients, deepspeed_config
+from rlhf_core.libraries import deepspeed
 
 T = TypeVar("T")
 
@@ -29,8 +29,6 @@ class Strategy:
         self.config = config
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         cuda = torch.cuda.is_available()
-        if not cuda:
-            os.environ["DS_ACCELERATOR"] = "cpu"
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
@@ -41,19 +39,11 @@ class Strategy:
 
     def _join(self, cuda: bool) -> None:
         """Meet the other ranks. A single rank needs no address and no port."""
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if not dist.is_initialized():
             alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            for name in () if not alone else ("RANK", "LOCAL_RANK"):
-                os.environ.setdefault(name, "0")
-            if alone:
-                os.environ.setdefault("WORLD_SIZE", "1")
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=self.timeout, **alone)
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", dist_init_required=False)
+            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=self.timeout, **alone)
+        deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", dist_init_required=False)
 
     @property
     def is_first(self) -> bool:
@@ -74,10 +64,8 @@ class Strategy:
         Returns:
             A DeepSpeed engine: call it like the module; `backward` and `step` go through this strategy.
         """
-        import deepspeed
-
         optimizer = self._optimizer(policy)
-        engine, *_ = deepspeed.initialize(
+        engine, *_ = deepspeed().initialize(
             model=policy,
             optimizer=optimizer,
             lr_scheduler=self._schedule(optimizer, total_steps),

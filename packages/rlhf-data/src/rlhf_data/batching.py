@@ -68,7 +68,7 @@ def _halve(batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 
 def _deal(batches: list[np.ndarray], lengths: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
-    """Deal micro-batches in rounds of one for each rank, the heaviest first, the heaviest of a round to the lightest rank."""
+    """Deal micro-batches in rounds of one for each rank, the heaviest of a round to the lightest rank."""
     tokens = [int(lengths[batch].sum()) for batch in batches]
     heaviest_first = sorted(range(len(batches)), key=lambda number: (-tokens[number], number))
     ranks: list[list[np.ndarray]] = [[] for _ in range(world_size)]

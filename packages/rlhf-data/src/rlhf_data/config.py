@@ -20,7 +20,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Alias:
-    """Another flag for the same option, for people who know it under that name: `Annotated[int, Alias("max_epoch")]`."""
+    """Another flag for the same option, for those who know it under that name: `Annotated[int, Alias("max_epoch")]`."""
 
     name: str
 
@@ -77,7 +77,7 @@ class DataConfig(Config):
     key options force the columns."""
 
     input_key: str | None = None
-    """Column of the prompt (text or a list of chat messages), of the messages, or with `--pretrain_mode` of the text."""
+    """Column of the prompt (text or a list of chat messages), of the messages, or (`--pretrain_mode`) of the text."""
 
     output_key: str | None = None
     """Column of the response. Without it, the last assistant turn of a chat row is the response."""
@@ -124,8 +124,8 @@ class SFTDataConfig(DataConfig):
     """Train on every assistant turn of a chat row, not on the last one only."""
 
     packing_samples: bool = False
-    """Lay samples end to end instead of padding them: rows are filled by best fit up to `--packing_tokens`. Samples never
-    see each other."""
+    """Lay samples end to end instead of padding them: rows are filled by best fit up to `--packing_tokens`. Samples
+    never see each other."""
 
     packing_tokens: Count | None = None
     """Token budget of a packed row; by default `--micro_train_batch_size` times `--max_len`."""
@@ -138,7 +138,7 @@ class SFTDataConfig(DataConfig):
             raise ValueError("--multiturn is about chat rows: give it with --apply_chat_template")
         if self.packing_tokens is not None and self.packing_tokens < self.max_len:
             raise ValueError(
-                f"--packing_tokens {self.packing_tokens} is less than --max_len {self.max_len}: a sample of that length "
-                "would fit into no row; raise the one or lower the other"
+                f"--packing_tokens {self.packing_tokens} is less than --max_len {self.max_len}: a sample of that "
+                "length would fit into no row; raise the one or lower the other"
             )
         return self

@@ -6,15 +6,15 @@ ones, and targets follow from the lengths of pieces, never from the values of to
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_data.continuation import piece_encoders
 from rlhf_data.errors import InputError
-from rlhf_data.rows import Chat, Conversation, Pair, RowError, Text
+from rlhf_data.rows import Conversation, Pair, RowError, Text
 from rlhf_data.templates import ChatTemplate, Piece, as_chat, decode_escapes, plain_pieces
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Encoder:
             raise InputError(
                 f"--max_len {options.max_len} leaves no room for a token and one before it; give at least 2"
             )
-        self.eos_id = int(tokenizer.eos_token_id)
+        eos_id: Any = tokenizer.eos_token_id
+        self.eos_id = int(eos_id)
         self.prefix = special_prefix(tokenizer)
         self.max_len = options.max_len
         self.template = None if options.input_template is None else decode_escapes(options.input_template)
@@ -125,6 +126,8 @@ class Encoder:
 
     def _assemble(self, conversation: Conversation, pieces: list[Piece], ids: list[list[int]]) -> list[Sample]:
         if isinstance(conversation, Text):
+            if not ids[0]:
+                raise RowError("the text has no token")
             return self._chunks(self._with_prefix(ids[0]))
         if self.chat is None:
             return [self._sample([self._with_prefix(ids[0]), ids[1]], [0, len(ids[1])])]
@@ -164,7 +167,7 @@ class Encoder:
     def _chunks(self, ids: list[int]) -> list[Sample]:
         """Cut a document into samples of at most `max_len` tokens, every token (but the first) a target exactly once.
 
-        A following sample starts with the last token of the one before, as context: its own first token follows from it.
+        A following sample starts with the last token of the one before, as context for its own first token.
         """
         whole = np.array(ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id], np.int32)
         samples = []
@@ -173,100 +176,17 @@ class Encoder:
             mask = np.ones(len(chunk), np.bool_)
             mask[0] = False
             samples.append(Sample(chunk, mask))
-        if not samples:
-            raise RowError("the text has no token")
         return samples
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids the tokenizer itself puts before a text (its BOS policy): often `[bos]`, often nothing."""
-    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
-    full = tokenizer("x")["input_ids"]
+    bare: list[int] = tokenizer.encode("x", add_special_tokens=False)
+    full: list[int] = tokenizer.encode("x")
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return list(full[:start])
     return []
-
-
-EncodeTexts = Callable[[list[str]], list[list[int]]]
-
-
-def piece_encoders(tokenizer: PreTrainedTokenizerBase) -> tuple[EncodeTexts, EncodeTexts]:
-    """Functions that encode texts, without special tokens, as the start of a sequence and as its continuation.
-
-    They differ for tokenizers that write a space before every text they are given (`▁` or `Ġ`): in a continuation that
-    would be a space nobody wrote.
-    """
-    if not tokenizer.is_fast:
-        return _slow_encoders(tokenizer)
-    from tokenizers import Tokenizer
-
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    description |= {"truncation": None, "padding": None}
-    first = Tokenizer.from_str(json.dumps(description))
-    description |= {
-        "normalizer": without_added_space(description["normalizer"]),
-        "pre_tokenizer": without_added_space(description["pre_tokenizer"]),
-    }
-    continuation = Tokenizer.from_str(json.dumps(description))
-    _check_continuation(tokenizer, first, continuation)
-    return _batch_encoder(first), _batch_encoder(continuation)
-
-
-def _batch_encoder(backend: Any) -> EncodeTexts:
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    return encode
-
-
-def without_added_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer (as in tokenizer.json) that adds no space before a text."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    if part["type"] == "Sequence":
-        name = "normalizers" if "normalizers" in part else "pretokenizers"
-        kept = [inner for inner in map(without_added_space, part[name]) if inner is not None]
-        return part | {name: kept}
-    if part["type"] == "Metaspace":
-        return part | {"prepend_scheme": "never"}
-    if part["type"] == "ByteLevel":
-        return part | {"add_prefix_space": False}
-    return part
-
-
-def _check_continuation(tokenizer: PreTrainedTokenizerBase, first: Any, continuation: Any) -> None:
-    """Make sure by round trip that ids of a text and ids of its continuation decode to the joined text."""
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    for start, rest in (("one two", "one two"), ("one ", "two"), ("one", " two")):
-        whole = first.encode(start + rest, add_special_tokens=False).ids
-        ids = [
-            first.encode(start, add_special_tokens=False).ids,
-            continuation.encode(rest, add_special_tokens=False).ids,
-        ]
-        lossless = decode(whole) == start + rest and decode(ids[0]) == start
-        if lossless and decode(ids[0] + ids[1]) != start + rest:
-            raise InputError(
-                f"the tokenizer {tokenizer.name_or_path} cannot continue a text: {start!r} and {rest!r} come back as "
-                f"{decode(ids[0] + ids[1])!r}; use another tokenizer with this model's vocabulary"
-            )
-
-
-def _slow_encoders(tokenizer: PreTrainedTokenizerBase) -> tuple[EncodeTexts, EncodeTexts]:
-    """As `piece_encoders`, for tokenizers written in Python: a continuation is encoded behind a line end."""
-    anchor = tokenizer("\n", add_special_tokens=False)["input_ids"]
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def continue_(text: str) -> list[int]:
-        ids = encode("\n" + text)
-        return ids[len(anchor) :] if anchor and ids[: len(anchor)] == anchor else encode(text)
-
-    return lambda texts: [encode(text) for text in texts], lambda texts: [continue_(text) for text in texts]
 
 
 def encode_options_of(config: Any) -> EncodeOptions:

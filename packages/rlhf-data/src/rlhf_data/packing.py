@@ -101,7 +101,7 @@ class _Spaces:
             count -= self._fill(space, length, count)
 
     def _fill(self, space: int, length: int, count: int) -> int:
-        """Fill rows with that space, one after the other: once a row got one document it is the fullest for the next."""
+        """Fill rows with that space one by one: once a row got a document, it is the fullest for the next."""
         rows, each = self._with_space[space], space // length
         full = min(len(rows), count // each)
         if full:

@@ -84,7 +84,7 @@ def _decode(line: bytes, file: str, number: int) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{file}:{number}: not valid UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1} of the line); "
+            f"{file}:{number}: not valid UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1}); "
             "save the file as UTF-8"
         ) from None
 

@@ -55,7 +55,8 @@ class SourceReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SourceReport:
         """Inverse of `dataclasses.asdict`."""
-        return cls(**values | {"dropped": {reason: Drop(**drop) for reason, drop in values["dropped"].items()}})
+        dropped = {reason: Drop(**drop) for reason, drop in values["dropped"].items()}
+        return cls(**{**values, "dropped": dropped})
 
     def lines(self) -> list[str]:
         """For people."""

@@ -1,4 +1,4 @@
-"""The order in which samples are trained on: global, fixed by the seed, resumable at any step on any number of ranks."""
+"""The order of training: global, fixed by the seed, resumable at any step, on any number of ranks."""
 
 from __future__ import annotations
 

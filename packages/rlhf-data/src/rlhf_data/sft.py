@@ -13,7 +13,7 @@ from rlhf_data.encode import encode_options_of
 from rlhf_data.errors import InputError
 from rlhf_data.mixture import hold_out, limit, mix, parse_probs
 from rlhf_data.report import DataReport, Lengths, SourceReport, dropped_lines, mark_trained
-from rlhf_data.rows import RowOptions
+from rlhf_data.shapes import RowOptions
 from rlhf_data.sources import Source, Splits, open_splits, pick, split_specs
 from rlhf_data.store import TokenStore, cache_dir
 from rlhf_data.tokenise import Tokeniser

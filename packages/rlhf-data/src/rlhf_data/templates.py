@@ -52,7 +52,7 @@ def read_chat_template(value: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--tokenizer_chat_template {value!r} is neither Jinja text (no `{{{{` or `{{%` in it) nor a readable file: "
+            f"--tokenizer_chat_template {value!r} is neither Jinja text (with `{{{{` or `{{%`) nor a readable file: "
             f"{error}"
         ) from None
 

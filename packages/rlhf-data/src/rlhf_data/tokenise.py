@@ -9,11 +9,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_data.continuation import backend_json
 from rlhf_data.encode import NEEDS_TEMPLATE, EncodeOptions, Encoder, Sample
 from rlhf_data.errors import InputError
 from rlhf_data.readers import Place, Rows
 from rlhf_data.report import SourceReport
-from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError, RowOptions, recognise
+from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError
+from rlhf_data.shapes import RowOptions, recognise
 from rlhf_data.sources import Source
 from rlhf_data.store import StoreWriter, TokenStore, open_store, store_key
 
@@ -83,9 +85,7 @@ class Tokeniser:
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of everything in a tokenizer that decides ids."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    body = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    body = backend_json(tokenizer) if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return json.dumps([type(tokenizer).__name__, special, tokenizer.eos_token_id, body])
 
 

@@ -143,16 +143,15 @@ def topk_forward_kl(
     dtype = accumulation_dtype(student_logits.dtype)
     z = student_logits.to(dtype) / temperature
     log_p = topk_logps.detach().to(dtype)
-    tiny, lowest = torch.finfo(dtype).tiny, torch.finfo(dtype).min / 4
-    log_p = log_p.clamp(min=lowest)
-    log_p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=tiny).log()
-    # The rest of the student is summed and not subtracted from 1, which would cancel once it is small.
     log_q = z.gather(-1, topk_indices)
-    log_q_rest = z.scatter(-1, topk_indices, lowest).logsumexp(-1, keepdim=True)
     normaliser = z.logsumexp(-1, keepdim=True)
-    outcomes_p = torch.cat([log_p, log_p_rest], -1)
-    outcomes_q = (torch.cat([log_q, log_q_rest], -1) - normaliser).clamp(min=lowest)
-    return _forward_kl(outcomes_p, outcomes_q)
+    lowest = torch.finfo(dtype).min / 4
+    if topk_indices.shape[-1] < z.shape[-1]:
+        p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(dtype).tiny)
+        # The rest of the student is summed and not subtracted from 1, which would cancel once it is small.
+        log_q_rest = z.scatter(-1, topk_indices, lowest).logsumexp(-1, keepdim=True)
+        log_p, log_q = torch.cat([log_p, p_rest.log()], -1), torch.cat([log_q, log_q_rest], -1)
+    return _forward_kl(log_p.clamp(min=lowest), (log_q - normaliser).clamp(min=lowest))
 
 
 def linear_divergence(
@@ -257,12 +256,13 @@ class _LinearDivergence(torch.autograd.Function):
         chunk_size: int | None,
     ) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero()[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, rows)
-        ctx.divergence, ctx.maps = divergence, (logit_map, teacher_map)
-        ctx.vocabulary, ctx.chunk_size = vocabulary, chunk_size
+        saved = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, rows)
+        how = (logit_map, teacher_map, vocabulary, chunk_size)
+        ctx.save_for_backward(*saved)
+        ctx.how, ctx.divergence = how, divergence
         out = torch.zeros(len(hidden), dtype=accumulation_dtype(weight.dtype), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk, z, log_p in _paired_logits(ctx):
+            for chunk, z, log_p in _paired_logits(*saved, *how):
                 out[chunk] = divergence(log_p, _log_softmax(z))
         return out
 
@@ -270,32 +270,42 @@ class _LinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *_ = ctx.saved_tensors
-        logit_map: LogitMap = ctx.maps[0]
+        logit_map, _, vocabulary, _ = ctx.how
         gradient = HeadGradient(hidden, weight, bias, ctx.needs_input_grad[:3], logit_map.gain)
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk, z, log_p in _paired_logits(ctx):
+            for chunk, z, log_p in _paired_logits(*ctx.saved_tensors, *ctx.how):
                 slope = logit_map.slope(z)
                 with torch.enable_grad():
                     leaf = z.detach().requires_grad_()
-                    value = ctx.divergence(log_p, _log_softmax(leaf)).sum()
-                (dlogits,) = torch.autograd.grad(value, leaf)
-                gradient.add(dlogits, grad[chunk, None], slope, chunk, hidden[chunk], weight[: ctx.vocabulary])
+                    total = ctx.divergence(log_p, _log_softmax(leaf)).sum()
+                (dlogits,) = torch.autograd.grad(total, leaf)
+                gradient.add(dlogits, grad[chunk, None], slope, chunk, hidden[chunk], weight[:vocabulary])
         return *gradient.cast(), *(None,) * 9
 
 
-def _paired_logits(ctx: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _paired_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    rows: Tensor,
+    logit_map: LogitMap,
+    teacher_map: LogitMap,
+    vocabulary: int,
+    chunk_size: int | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each chunk's rows `[c]`, student's logits `[c, V]` and teacher's log-probs `[c, V]`."""
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, rows = ctx.saved_tensors
-    student_map, teacher_map = ctx.maps
-    vocabulary, dtype = ctx.vocabulary, accumulation_dtype(weight.dtype)
-    chunks = chunks_of(rows, vocabulary, ctx.chunk_size, dtype)
-    student = buffer_for(chunks, vocabulary, dtype, hidden.device)
-    teacher = buffer_for(chunks, vocabulary, accumulation_dtype(teacher_weight.dtype), hidden.device)
+    dtype, teacher_dtype = accumulation_dtype(weight.dtype), accumulation_dtype(teacher_weight.dtype)
+    chunks = chunks_of(rows, vocabulary, chunk_size, dtype)
+    student_buffer = buffer_for(chunks, vocabulary, dtype, hidden.device)
+    teacher_buffer = buffer_for(chunks, vocabulary, teacher_dtype, hidden.device)
+    weight, teacher_weight = weight[:vocabulary], teacher_weight[:vocabulary]
     bias, teacher_bias = (None if b is None else b[:vocabulary] for b in (bias, teacher_bias))
     for chunk in chunks:
-        z = student_map.logits(hidden[chunk], weight[:vocabulary], bias, student[: len(chunk)])
-        teacher_rows, out = teacher_hidden[chunk], teacher[: len(chunk)]
-        teacher_z = teacher_map.logits(teacher_rows, teacher_weight[:vocabulary], teacher_bias, out)
+        z = logit_map.logits(hidden[chunk], weight, bias, student_buffer[: len(chunk)])
+        teacher_z = teacher_map.logits(teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_buffer[: len(chunk)])
         yield chunk, z, _log_softmax(teacher_z).to(dtype)
 
 

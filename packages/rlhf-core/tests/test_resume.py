@@ -1,0 +1,179 @@
+"""A run that was killed and continued is the run that was not: same weights, same metrics, same data order, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rlhf_core.checkpoint import CheckpointError, damage
+from rlhf_data.errors import InputError
+
+TIMED = {"tokens_per_second"}
+
+
+def same_rows(one: list[dict], other: list[dict]) -> bool:
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in one] == [
+        {k: v for k, v in row.items() if k not in TIMED} for row in other
+    ]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """End a run in the middle of an optimizer step, as if the machine had gone."""
+    from rlhf_core import fit
+
+    def arm(step: int) -> None:
+        plain = fit.train_step
+
+        def train_step(method, engine, *args):
+            if engine.global_steps == step:
+                raise Stopped
+            return plain(method, engine, *args)
+
+        monkeypatch.setattr(fit, "train_step", train_step)
+
+    yield arm
+
+
+@pytest.mark.parametrize("given", [{}, {"zero_stage": 0, "packing_samples": True}, {"zero_stage": 3, "bf16": True}, {"lora_rank": 4, "lora_dropout": 0.3}], ids=str)
+def test_a_continued_run_equals_the_uninterrupted_one(train, tmp_path, stop_after, monkeypatch, given):
+    given = given | {"max_epochs": 2, "save_steps": 3, "eval_steps": 2}
+    whole = train(save_path=str(tmp_path / "whole"), **given)
+    with monkeypatch.context():
+        stop_after(7)
+        with pytest.raises(Stopped):
+            train(save_path=str(tmp_path / "cut"), **given)
+    monkeypatch.undo()
+    continued = train(save_path=str(tmp_path / "cut"), load_checkpoint=True, **given)
+    assert same_rows(whole, continued)
+    name = "adapter_model.safetensors" if "lora_rank" in given else "model.safetensors"
+    one, other = (load_file(tmp_path / run / name) for run in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(train, tmp_path, capsys):
+    given = {"save_path": str(tmp_path / "out"), "save_steps": 2}
+    whole = train(**given)
+    newest = tmp_path / "out" / "checkpoints" / "global_step4"
+    victim = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    with victim.open("r+b") as file:
+        file.seek(100)
+        file.write(b"\0\1\2\3")
+    assert "other content" in damage(newest)
+    capsys.readouterr()
+    continued = train(load_checkpoint=True, **given)
+    said = capsys.readouterr().out
+    assert "global_step4 is damaged" in said and "continuing from" in said and "global_step2" in said
+    assert same_rows(whole, continued)
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(train, tmp_path):
+    given = {"save_path": str(tmp_path / "out"), "save_steps": 3}
+    train(**given)
+    (tmp_path / "out/checkpoints/global_step3/state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"every checkpoint in .* is damaged"):
+        train(load_checkpoint=True, **given)
+
+
+def test_without_a_checkpoint_it_says_so_and_starts(train, tmp_path, capsys):
+    assert len(train(load_checkpoint=True)) == 6
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_run_is_refused(train, tmp_path):
+    train(save_steps=2)
+    with pytest.raises(InputError, match="seed was 7 and is 8"):
+        train(save_steps=2, seed=8, load_checkpoint=True)
+
+
+def test_old_checkpoints_go_after_the_new_one_is_there_and_foreign_folders_stay(train, tmp_path):
+    foreign = tmp_path / "ckpt" / "global_step1_mine"
+    foreign.mkdir(parents=True)
+    train(ckpt_path=str(tmp_path / "ckpt"), save_steps=1, max_ckpt_num=2, save_hf_ckpt=True)
+    left = sorted(path.name for path in (tmp_path / "ckpt").iterdir())
+    assert left == ["global_step1_mine", "global_step4", "global_step4_hf", "global_step5", "global_step5_hf"]
+    assert not damage(tmp_path / "ckpt/global_step5")
+
+
+def test_a_memory_limit_keeps_the_newest(train, tmp_path):
+    train(save_steps=1, max_ckpt_mem=1e-6)
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["global_step5"]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(train, tmp_path, monkeypatch):
+    """The file size limit of the process stands in for the disk: the same error comes from the same system calls."""
+    import resource
+
+    from rlhf_core.checkpoint import Checkpoints
+
+    plain = Checkpoints.save
+
+    def save(self, engine, step, state):
+        if step < 4:
+            return plain(self, engine, step, state)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            return plain(self, engine, step, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(CheckpointError, match=r"step 4 could not be written .* earlier checkpoints are intact"):
+        train(save_steps=2)
+    folder = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["global_step2"] and not damage(folder / "global_step2")
+
+
+SCRIPT = """
+import sys
+from rlhf_core.config import SFTConfig
+from rlhf_core.methods import sft
+sft.train(SFTConfig.model_validate_json(sys.argv[1]))
+"""
+
+
+def run(config, *, kill: float | None = None) -> int:
+    """Run SFT in a process of its own; with `kill`, end it by SIGKILL that many seconds after its first checkpoint began."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, config.model_dump_json()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    folder, deadline = Path(config.checkpoint.save_path) / "checkpoints", time.monotonic() + 120
+    if kill is not None:
+        while not (folder.exists() and any(folder.iterdir())) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(kill)
+        process.send_signal(signal.SIGKILL)
+    return process.wait(timeout=120)
+
+
+def test_kill_minus_nine_while_a_checkpoint_is_written(options, tmp_path, monkeypatch):
+    """SIGKILL at several moments around the writing of checkpoints, each time continued: the end is always the same."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = {"max_epochs": 2, "save_steps": 1, "max_ckpt_num": 2}
+    assert run(options(save_path=str(tmp_path / "whole"), **given)) == 0
+    cut = options(save_path=str(tmp_path / "cut"), load_checkpoint=True, **given)
+    for moment in (0.0, 0.03):
+        assert run(cut, kill=moment) == -signal.SIGKILL
+    assert run(cut) == 0
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    read = [[json.loads(line) for line in (tmp_path / r / "run/metrics.jsonl").read_text().splitlines()] for r in ("whole", "cut")]
+    assert same_rows(*read)
+    assert not list((tmp_path / "cut").rglob(".writing-*"))
