@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # a typo in a test must not wait for the network
 
 import pytest
+
 from rlhf_data.config import SFTDataConfig
 
 CORPUS = [
@@ -38,7 +39,9 @@ def _byte_level(add_prefix_space: bool = False):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return backend
 
@@ -49,13 +52,11 @@ def _sentencepiece_like(kind: str):
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     if kind == "prepend":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        space = decoders.Replace("▁", " ")
-        backend.decoder = decoders.Sequence(
-            [space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
-        backend.decoder = decoders.Metaspace(prepend_scheme=kind)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     special = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     alphabet = sorted(set("".join(CORPUS)) | {"▁"})
     trainer = trainers.BpeTrainer(

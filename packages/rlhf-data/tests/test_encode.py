@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+
 from rlhf_data.continuation import piece_encoders, without_added_space
 from rlhf_data.encode import TOO_LONG, EncodeOptions, Encoder, Sample, special_prefix
 from rlhf_data.errors import InputError
@@ -89,10 +92,11 @@ def test_a_prompt_that_leaves_no_room_drops_the_row(tokenizer):
 
 def test_position_zero_is_never_a_target(make_tokenizer):
     tokenizer = make_tokenizer(bos=False)
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    chat = {"apply_chat_template": True, "tokenizer_chat_template": template}
     for sample in (
         one(tokenizer, Text("the cat")),
-        one(tokenizer, Chat([{"role": "assistant", "content": "the"}]), apply_chat_template=True,
-            tokenizer_chat_template="{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"),
+        one(tokenizer, Chat([{"role": "assistant", "content": "the"}]), **chat),
     ):
         assert not sample.target_mask[0]
         assert sample.target_mask[1:].all()
@@ -106,7 +110,7 @@ def test_long_documents_are_cut_so_that_each_token_is_trained_once(tokenizer, ma
     trained = [token for sample in samples for token in sample.input_ids[sample.target_mask].tolist()]
     assert trained == [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     assert all(2 <= len(sample) <= max_len for sample in samples)
-    for before, after in zip(samples, samples[1:], strict=False):
+    for before, after in pairwise(samples):
         assert after.input_ids[0] == before.input_ids[-1]
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from rlhf_data.encode import EncodeOptions, Encoder
 from rlhf_data.errors import InputError
 from rlhf_data.rows import Chat, Pair, RowError
@@ -68,15 +69,19 @@ def test_the_last_assistant_turn_is_trained_or_all_of_them(make_tokenizer, chat_
 
 
 def test_marks_around_bare_content_end_in_one_eos(make_tokenizer, chat_templates):
-    template = chat_templates["marked"].replace("{{ message['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ message['content'] }}"
-                              "{% endgeneration %}{{ '<|im_end|>' }}")
+    template = chat_templates["marked"].replace(
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
+    )
     tokenizer = make_tokenizer(bos=False, eos="<|im_end|>", chat_template=template)
     assert trained_runs(tokenizer, encode(tokenizer, TURNS)) == ["the time<|im_end|>"]
     assert trained_runs(tokenizer, encode(tokenizer, TURNS, multiturn=True)) == ["the mat", "the time<|im_end|>"]
 
 
 def test_a_template_without_eos_gets_one_at_the_end_only(make_tokenizer, chat_templates):
-    tokenizer = make_tokenizer(bos=False, chat_template=chat_templates["chatml"])  # its EOS is </s>, which ChatML does not write
+    tokenizer = make_tokenizer(
+        bos=False, chat_template=chat_templates["chatml"]
+    )  # its EOS is </s>, which ChatML does not write
     runs = trained_runs(tokenizer, encode(tokenizer, TURNS, multiturn=True))
     assert runs == ["the mat<|im_end|>\n", "the time<|im_end|>\n</s>"]
 
@@ -96,18 +101,21 @@ def test_a_template_that_rewrites_earlier_turns_is_not_guessed_at(make_tokenizer
 
 
 def test_what_a_template_refuses_drops_the_row_with_its_words(make_tokenizer, chat_templates):
-    template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first, please') }}{% endif %}" + chat_templates["chatml"]
+    template = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first, please') }}{% endif %}"
+        + chat_templates["chatml"]
+    )
     tokenizer = make_tokenizer(chat_template=template)
     assert "user first, please" in str(encode(tokenizer, TURNS))
     assert "chat template refuses" in str(encode(tokenizer, [{"role": "assistant", "content": "x"}]))
 
 
 def test_broken_templates_and_missing_ones_are_named(tokenizer, chat_templates, tmp_path):
-    with pytest.raises(InputError, match="not valid Jinja.*line 1"):
+    with pytest.raises(InputError, match=r"not valid Jinja.*line 1"):
         ChatTemplate("{% for %}", {})
-    with pytest.raises(InputError, match="no chat template.*--tokenizer_chat_template"):
+    with pytest.raises(InputError, match=r"no chat template.*--tokenizer_chat_template"):
         Encoder(tokenizer, EncodeOptions(64, apply_chat_template=True))
-    with pytest.raises(InputError, match="--tokenizer_chat_template 'chatml'.*neither Jinja"):
+    with pytest.raises(InputError, match=r"--tokenizer_chat_template 'chatml'.*neither Jinja"):
         read_chat_template("chatml")
     file = tmp_path / "chat.jinja"
     file.write_text(chat_templates["chatml"])
@@ -125,6 +133,8 @@ def test_cut_conversations_keep_the_turns_that_fit(chat_tokenizer):
     full = encode(chat_tokenizer, TURNS, multiturn=True)
     cut = encode(chat_tokenizer, TURNS, multiturn=True, max_len=len(full) - 2)
     assert cut.truncated
+    assert cut.target_mask[-1]
+    assert len(encode(chat_tokenizer, TURNS, multiturn=True, max_len=len(full) - 8)) < len(full) - 8
     assert trained_runs(chat_tokenizer, cut)[0] == "the mat<|im_end|>"
     assert "longer than --max_len" in str(encode(chat_tokenizer, TURNS, max_len=8))
 
@@ -137,6 +147,6 @@ def test_configs_and_escapes_need_no_heavy_import():
     code = (
         "import sys; from rlhf_data.config import SFTDataConfig; SFTDataConfig(dataset='x'); "
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'jinja2'} & set(sys.modules); "
-        "sys.exit(', '.join(heavy))"
+        "print(*heavy)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

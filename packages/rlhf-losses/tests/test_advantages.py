@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rlhf_losses import (
     discounted_returns,
     gae,
@@ -142,9 +143,7 @@ def test_grpo_is_the_group_z_score_and_dr_grpo_its_numerator():
     torch.testing.assert_close(group_normalised(scores, eps=0.0), centred / scores.std(1, keepdim=True))
 
 
-@pytest.mark.parametrize(
-    "advantage", [leave_one_out, group_normalised, group_centred, reinforce_plus_plus_baseline]
-)
+@pytest.mark.parametrize("advantage", [leave_one_out, group_normalised, group_centred, reinforce_plus_plus_baseline])
 def test_group_advantages_follow_the_ids_in_any_order(advantage):
     scores, order = torch.randn(3, 5), torch.randperm(15)
     ids = torch.tensor([7, -2, 100]).repeat_interleave(5)
@@ -153,17 +152,13 @@ def test_group_advantages_follow_the_ids_in_any_order(advantage):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "advantage", [leave_one_out, group_normalised, group_centred, reinforce_plus_plus_baseline]
-)
+@pytest.mark.parametrize("advantage", [leave_one_out, group_normalised, group_centred, reinforce_plus_plus_baseline])
 def test_equal_scores_have_exactly_zero_advantage(advantage, dtype):
     scores = torch.tensor([0.1, -1e4, 1 / 3], dtype=dtype)[:, None].expand(3, 7)
     assert (advantage(scores) == 0).all()
 
 
-@pytest.mark.parametrize(
-    "advantage", [leave_one_out, group_normalised, group_centred, reinforce_plus_plus_baseline]
-)
+@pytest.mark.parametrize("advantage", [leave_one_out, group_normalised, group_centred, reinforce_plus_plus_baseline])
 def test_a_group_of_one_is_refused(advantage):
     with pytest.raises(ValueError, match="at least 2 responses in every group, got a group of 1"):
         advantage(torch.ones(3, 1))

@@ -1,9 +1,11 @@
 """Divergences between teacher and student."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+
 from rlhf_losses import forward_kl, jsd, linear_divergence, reverse_kl, skew_kl, token_logps, topk_forward_kl
 
 KINDS = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "skew_kl": skew_kl}
@@ -118,7 +120,7 @@ def test_the_top_k_of_the_whole_vocabulary_is_the_full_forward_kl():
 def test_a_smaller_top_k_sees_less_divergence_and_none_where_there_is_none():
     student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
     seen = [topk_forward_kl(student, *teacher.log_softmax(-1).topk(k)) for k in range(1, 8)]
-    assert all((less <= more + 1e-12).all() for less, more in zip(seen, seen[1:], strict=False))
+    assert all((less <= more + 1e-12).all() for less, more in pairwise(seen))
     same = topk_forward_kl(teacher, *teacher.log_softmax(-1).topk(3))
     torch.testing.assert_close(same, torch.zeros_like(same))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from rlhf_losses import entropy, token_logps
 
 

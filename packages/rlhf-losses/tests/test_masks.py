@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rlhf_losses import (
     masked_mean,
     masked_moments,
@@ -101,9 +102,7 @@ def test_padded_and_ragged_reductions_agree():
     padded, valid = torch.randn(3, 7), torch.arange(7) < lengths[:, None]
     chosen = valid & (torch.rand(3, 7) > 0.3)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    torch.testing.assert_close(
-        segment_sum(padded[valid], cu_seqlens, chosen[valid]), masked_sum(padded, chosen, dim=1)
-    )
+    torch.testing.assert_close(segment_sum(padded[valid], cu_seqlens, chosen[valid]), masked_sum(padded, chosen, dim=1))
     torch.testing.assert_close(
         segment_mean(padded[valid], cu_seqlens, chosen[valid]), masked_mean(padded, chosen, dim=1)
     )

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from rlhf_losses import (
     approx_kl,
     cispo_loss,
@@ -97,9 +98,7 @@ def test_gspo_per_token_is_the_loss_of_the_sequence_in_value_and_gradient():
 
 def test_a_masked_nan_does_not_reach_the_sequence_ratio():
     logps = torch.tensor([0.1, math.nan, 0.3], requires_grad=True)
-    log_ratio = sequence_log_ratio(
-        logps, torch.zeros(3), torch.tensor([0, 3]), torch.tensor([True, False, True])
-    )
+    log_ratio = sequence_log_ratio(logps, torch.zeros(3), torch.tensor([0, 3]), torch.tensor([True, False, True]))
     log_ratio.sum().backward()
     torch.testing.assert_close(log_ratio, torch.tensor([0.2]))
     assert logps.grad.tolist() == [0.5, 0, 0.5]
@@ -145,13 +144,11 @@ def test_as_a_loss_k2_has_the_gradient_of_the_kl_and_k1_has_none():
     expected = grad(lambda z: reverse_kl(z, reference), policy)
 
     def as_loss(kind):
-        return grad(
-            lambda z: policy.softmax(0) * kl_estimate(z.log_softmax(0), reference.log_softmax(0), kind), policy
-        )
+        return grad(lambda z: policy.softmax(0) * kl_estimate(z.log_softmax(0), reference.log_softmax(0), kind), policy)
 
     torch.testing.assert_close(as_loss("k2"), expected)
     torch.testing.assert_close(as_loss("k1"), torch.zeros(7, dtype=torch.float64))
-    other_way = grad(lambda z: (reference.softmax(0) * -z.log_softmax(0)), policy)
+    other_way = grad(lambda z: reference.softmax(0) * -z.log_softmax(0), policy)
     torch.testing.assert_close(as_loss("k3"), other_way)
 
 
@@ -185,7 +182,9 @@ def test_the_value_loss_is_the_worse_of_both_errors():
 def test_explained_variance_is_one_for_perfect_and_zero_for_constant_values():
     returns, mask = torch.randn(11), torch.arange(11) < 7
     assert explained_variance(returns, returns) == 1
-    torch.testing.assert_close(explained_variance(torch.full((11,), 3.0), returns), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        explained_variance(torch.full((11,), 3.0), returns), torch.tensor(0.0), atol=1e-6, rtol=0
+    )
     assert explained_variance(-returns, returns) < 0
     assert explained_variance(returns, torch.full((11,), 2.0)) == 0
     junk = returns.masked_fill(~mask, math.nan)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from rlhf_losses import (
     dpo_loss,
     hinge_loss,
@@ -176,7 +177,7 @@ def test_the_kto_reference_point_is_never_negative_and_has_no_gradient():
 
 
 def test_kto_refuses_labels_that_are_not_boolean_and_pairs_that_are_not_there():
-    with pytest.raises(ValueError, match="labels must be boolean, got torch.float32"):
+    with pytest.raises(ValueError, match=r"labels must be boolean, got torch\.float32"):
         kto_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.zeros(()))
     with pytest.raises(ValueError, match="at least two"):
         kto_kl(torch.zeros(0), torch.zeros(0))

@@ -8,18 +8,23 @@ from typing import Annotated
 import typer
 
 from rlhf_cli.options import RUN, command
+from rlhf_cli.quickstart import QuickstartConfig
 from rlhf_core.config import SFTConfig
+from rlhf_data.inspection import InspectConfig
 
 app = typer.Typer(
     name="rlhf",
-    help="Post-training for language models.",
+    help="Post-training for language models: from one laptop CPU to a cluster of GPUs.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
 train = typer.Typer(help="Train a model.", no_args_is_help=True)
+data = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(train, name="train")
+app.add_typer(data, name="data")
 
 DryRun = Annotated[
     bool,
@@ -27,14 +32,41 @@ DryRun = Annotated[
 ]
 
 
+@command(app, "quickstart", QuickstartConfig)
+def quickstart(config: QuickstartConfig) -> None:
+    from rlhf_cli.quickstart import quickstart
+
+    quickstart(config)
+
+
 @command(train, "sft", SFTConfig)
 def sft(config: SFTConfig, dry_run: DryRun = False) -> None:
-    """Supervised fine-tuning."""
     from rlhf_cli.launch import launch
     from rlhf_core.methods import sft
 
     launch(config.parallel, partial(sft.train, config), dry_run=dry_run)
 
 
+@command(data, "inspect", InspectConfig)
+def inspect(config: InspectConfig) -> None:
+    from rlhf_data.inspection import inspect
+
+    print(inspect(config).format())
+
+
+def version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        print(f"rlhf {version('rlhf-cli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False) -> None:
+    """Post-training for language models: from one laptop CPU to a cluster of GPUs."""
+
+
 def main() -> None:
+    """Run the command line."""
     app()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from rlhf_data.config import Alias, Config, Count, SFTDataConfig
+from rlhf_data.config import Alias, Config, Count, DataConfig, SFTDataConfig
 
 Interval = Annotated[int, Field(ge=-1)]
 """Every so many steps; -1 for the documented default. 0 is refused by `_interval`."""
@@ -241,6 +241,7 @@ class TrainConfig(Config):
     """What every training method has; a method adds its data and its own options."""
 
     model: ModelConfig
+    data: DataConfig
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()

@@ -55,6 +55,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def _layout(self, config: TrainConfig) -> str:
+        if getattr(config.data, "packing_samples", False):
+            return f", rows filled to {self.utilisation:.0%}"
+        return ", nothing padded" if config.model.flash_attn else f", {self.utilisation:.0%} of them real, the rest padding"
+
     def format(self, config: TrainConfig) -> str:
         """The plan as a person reads it."""
         batch, parallel, memory = config.batch, config.parallel, self.memory
@@ -65,7 +70,7 @@ class Plan:
                 "Plan",
                 f"  data        {self.samples} samples, {self.tokens} tokens, {self.targets} trained; {self.eval_samples} samples held out",
                 f"  step        {batch.train_batch_size} samples = {self.world_size} rank(s) x {self.micro_batches_per_step} micro-batch(es), "
-                f"at most {self.largest_micro_batch} tokens each, {self.utilisation:.0%} of them real",
+                f"at most {self.largest_micro_batch} tokens each{self._layout(config)}",
                 f"  run         {batch.max_epochs} epoch(s) x {self.steps_per_epoch} steps = {self.total_steps} optimizer steps",
                 f"  model       {self.parameters / 1e6:.2f} M parameters, {self.trained_parameters / 1e6:.2f} M trained, "
                 f"{'bfloat16' if config.model.bf16 else 'float32'}, ZeRO stage {parallel.zero_stage}",
@@ -100,7 +105,7 @@ def make_plan(config: TrainConfig, model_config: Any, train: Any, evaluation: An
     rows = plan_micro_batches(window, world_size, batch.micro_train_batch_size, budget)
     ragged = budget is not None or config.model.flash_attn
     sizes = [window[row].sum() if ragged else len(row) * window[row].max() for rank in rows for row in rank if len(row)]
-    room = budget * len(sizes) if budget else sum(sizes)
+    room = budget * len(sizes) if budget else sum(len(row) * window[row].max() for rank in rows for row in rank if len(row))
     total, trained = count_parameters(config, model_config)
     largest = int(max(sizes))
     return Plan(

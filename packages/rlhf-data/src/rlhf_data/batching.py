@@ -30,21 +30,21 @@ def plan_micro_batches(
     if world_size < 1 or micro_batch_size < 1:
         raise ValueError(f"world_size ({world_size}) and micro_batch_size ({micro_batch_size}) must be at least 1")
     if token_budget is None:
-        batches = _by_count(lengths, world_size, micro_batch_size)
-    else:
-        batches = _by_tokens(lengths, world_size, token_budget)
-    return _deal(batches, lengths, world_size)
+        return _by_count(lengths, world_size, micro_batch_size)
+    return _by_tokens(lengths, world_size, token_budget)
 
 
-def _by_count(lengths: np.ndarray, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
-    """Micro-batches of about equally many samples, of similar lengths so that there is little to pad."""
-    longest_first = np.argsort(-lengths, kind="stable")
+def _by_count(lengths: np.ndarray, world_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
+    """Deal samples to ranks, and cut each rank's into micro-batches of similar lengths: there is little to pad."""
     per_rank = -(-len(lengths) // (micro_batch_size * world_size))
-    return np.array_split(longest_first, per_rank * world_size) if per_rank else []
+    if per_rank == 0:
+        return [[] for _ in range(world_size)]
+    ranks = _deal(lengths, world_size)
+    return [[np.sort(batch) for batch in np.array_split(longest_first, per_rank)] for longest_first in ranks]
 
 
-def _by_tokens(lengths: np.ndarray, world_size: int, token_budget: int) -> list[np.ndarray]:
-    """Micro-batches of nearly the budget; the fullest are halved until every rank can have the same number."""
+def _by_tokens(lengths: np.ndarray, world_size: int, token_budget: int) -> list[list[np.ndarray]]:
+    """Fill micro-batches to the budget, halve the fullest until every rank can have the same number, and deal them."""
     batches = list(best_fit(lengths, token_budget))
     while len(batches) % world_size:
         divisible = [number for number, batch in enumerate(batches) if len(batch) > 1]
@@ -53,7 +53,8 @@ def _by_tokens(lengths: np.ndarray, world_size: int, token_budget: int) -> list[
             continue
         fullest = max(divisible, key=lambda number: int(lengths[batches[number]].sum()))
         batches[fullest : fullest + 1] = _halve(batches[fullest], lengths)
-    return batches
+    tokens = np.array([lengths[batch].sum() for batch in batches], np.int64)
+    return [[np.sort(batches[number]) for number in rank] for rank in _deal(tokens, world_size)]
 
 
 def _halve(batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -67,15 +68,22 @@ def _halve(batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return [np.array(part, np.int64) for part in parts]
 
 
-def _deal(batches: list[np.ndarray], lengths: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
-    """Deal micro-batches in rounds of one for each rank, the heaviest of a round to the lightest rank."""
-    tokens = [int(lengths[batch].sum()) for batch in batches]
-    heaviest_first = sorted(range(len(batches)), key=lambda number: (-tokens[number], number))
-    ranks: list[list[np.ndarray]] = [[] for _ in range(world_size)]
+def _deal(weights: np.ndarray, world_size: int) -> list[np.ndarray]:
+    """Deal items to ranks in rounds of one for each, heaviest first, the heaviest of a round to the lightest rank.
+
+    Args:
+        weights: int `[N]`, of each item.
+        world_size: number of ranks.
+
+    Returns:
+        For each rank int64 item numbers, heaviest first; no rank has two more than another.
+    """
+    heaviest_first = np.argsort(-weights, kind="stable").tolist()
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    for start in range(0, len(batches), world_size):
+    for start in range(0, len(heaviest_first), world_size):
         lightest_first = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
-        for rank, number in zip(lightest_first, heaviest_first[start : start + world_size], strict=True):
-            ranks[rank].append(np.sort(batches[number]))
-            loads[rank] += tokens[number]
-    return ranks
+        for rank, item in zip(lightest_first, heaviest_first[start : start + world_size], strict=False):
+            ranks[rank].append(item)
+            loads[rank] += int(weights[item])
+    return [np.array(rank, np.int64) for rank in ranks]

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_data.continuation import piece_encoders
 from rlhf_data.errors import InputError
-from rlhf_data.rows import Conversation, Pair, RowError, Text
+from rlhf_data.rows import Chat, Conversation, Pair, RowError, Text
 from rlhf_data.templates import ChatTemplate, Piece, as_chat, decode_escapes, plain_pieces
 
 if TYPE_CHECKING:
@@ -100,6 +100,18 @@ class Encoder:
                 results.append(reason)
         return results
 
+    def prompt_ids(self, conversation: Pair | Chat) -> list[int]:
+        """Ids of everything before the (last) response: what a model trained on the samples is asked with.
+
+        Raises:
+            InputError: chat messages without a chat template, or a chat the template cannot write.
+        """
+        pieces = self._pieces(conversation)
+        if isinstance(pieces, RowError):
+            raise InputError(str(pieces))
+        ids = [token for piece in next(iter(self._encode_pieces([pieces])))[:-1] for token in piece]
+        return ids if self.chat else self._with_prefix(ids)
+
     def unwritable(self, texts: Sequence[str]) -> set[str]:
         """Characters of some texts that do not come back from their ids: the model never sees them."""
         decoded = self._tokenizer.batch_decode(self._continuation(list(texts)), clean_up_tokenization_spaces=False)
@@ -159,10 +171,11 @@ class Encoder:
             start += len(part)
         mask[0] = False  # nothing comes before it to predict it from
         truncated = len(ids) > self.max_len
-        ids, mask = ids[: self.max_len], mask[: self.max_len]
-        if not mask.any():
+        targets_left = np.flatnonzero(mask[: self.max_len])
+        if not len(targets_left):
             raise RowError(TOO_LONG)
-        return Sample(ids, mask, truncated)
+        end = int(targets_left[-1]) + 1  # a cut may leave context that nothing follows
+        return Sample(ids[:end], mask[:end], truncated)
 
     def _chunks(self, ids: list[int]) -> list[Sample]:
         """Cut a document into samples of at most `max_len` tokens, every token (but the first) a target exactly once.

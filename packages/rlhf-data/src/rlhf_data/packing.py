@@ -53,7 +53,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> PackedRows:
     Source: Johnson, "Near-optimal bin packing algorithms" (1973): at most 11/9 of the fewest rows possible, plus 4.
 
     >>> [row.tolist() for row in best_fit(np.array([4, 8, 1, 4, 2, 1]), capacity=10)]
-    [[1, 4], [0, 3, 2, 5]]
+    [[1, 2, 5], [0, 3, 4]]
     """
     lengths = np.asarray(lengths, np.int64)
     _check(lengths, capacity)

@@ -72,7 +72,7 @@ def _parse_row(line: bytes, place: Place) -> Row:
     text = _decode(line, place.file, place.number)
     try:
         row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({_short(error)}): {text.strip()[:60]}") from None
     if not isinstance(row, dict):
         raise InputError(f"{place}: a row must be a JSON object with named columns, not {text.strip()[:60]}")
@@ -96,7 +96,7 @@ def _read_json(path: Path) -> Rows:
         raise InputError(f"{path} is empty")
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{") and _is_object(text.lstrip().split("\n", 1)[0]):
             yield from _read_jsonl(path)
             return
@@ -125,14 +125,14 @@ def _decode_file(path: Path) -> str:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
 
 
 def _short(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deeply"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _read_csv(path: Path) -> Rows:
@@ -176,8 +176,6 @@ def _numbered(path: Path, open_: Callable[[], Any]) -> Rows:
     try:
         for number, row in enumerate(open_(), start=1):
             yield Place(str(path), number, by_line=False), row
-    except GeneratorExit:
-        raise
     except Exception as error:  # pyarrow and datasets raise many kinds, all of them about this file
         reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
         raise InputError(f"{path} cannot be read as {path.suffix} (after {number} rows): {reason}") from error

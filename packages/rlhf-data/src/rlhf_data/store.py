@@ -114,6 +114,8 @@ def _build(folder: Path, key: str, fill: Fill) -> None:
         meta = {"version": FORMAT_VERSION, "key": key, "sizes": sizes, "report": report}
         (beside / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if folder.exists():
+            if _intact(folder) is not None:  # another machine was faster: locks do not always reach across
+                return
             shutil.rmtree(folder)
         beside.rename(folder)
     finally:

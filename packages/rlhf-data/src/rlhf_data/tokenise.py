@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,12 +56,11 @@ class Tokeniser:
         Raises:
             InputError: rows cannot be read or recognised, or (when strict) one of them cannot be used.
         """
-        encoder = Encoder(self.tokenizer, self.encode)  # first: its errors are about the options, not the data
 
         def fill(writer: StoreWriter) -> dict[str, Any]:
-            return asdict(_Filling(self, source, encoder, writer, max_rows).run())
+            return asdict(_Filling(self, source, writer, max_rows).run())
 
-        store, cached = open_store(self.folder, self._key(source, encoder, max_rows), fill)
+        store, cached = open_store(self.folder, self._key(source, max_rows), fill)
         report = SourceReport.from_dict(store.meta["report"])
         report.cached = cached
         if self.strict and report.dropped:
@@ -68,12 +68,26 @@ class Tokeniser:
             raise _strict_error(drop.first, reason)
         return store, report
 
-    def _key(self, source: Source, encoder: Encoder, max_rows: int | None) -> str:
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer with the options that decide ids."""
+        return Encoder(self.tokenizer, self.encode)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Hash of everything in the tokenizer that decides ids."""
+        tokenizer, fast = self.tokenizer, self.tokenizer.is_fast
+        body = backend_json(tokenizer) if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        return store_key(kind=type(tokenizer).__name__, special=special, eos=tokenizer.eos_token_id, body=body)
+
+    def _key(self, source: Source, max_rows: int | None) -> str:
+        encoder = self.encoder  # first: its errors are about the options, not the data
         return store_key(
             name=source.name,  # places in the report name it
             split=source.split,
             content=source.content_key(),
-            tokenizer=_fingerprint(self.tokenizer),
+            tokenizer=self._fingerprint,
             prefix=encoder.prefix,
             chat_template=encoder.chat.text if encoder.chat else None,
             encode=asdict(self.encode),
@@ -82,19 +96,12 @@ class Tokeniser:
         )
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of everything in a tokenizer that decides ids."""
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    body = backend_json(tokenizer) if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return json.dumps([type(tokenizer).__name__, special, tokenizer.eos_token_id, body])
-
-
 class _Filling:
     """One pass over the rows of one source, into a writer."""
 
-    def __init__(self, tokeniser: Tokeniser, source: Source, encoder: Encoder, writer: StoreWriter, limit: int | None):
-        self.options, self.source, self.encoder, self.writer = tokeniser, source, encoder, writer
-        self.limit = limit
+    def __init__(self, tokeniser: Tokeniser, source: Source, writer: StoreWriter, limit: int | None):
+        self.options, self.encoder = tokeniser, tokeniser.encoder
+        self.source, self.writer, self.limit = source, writer, limit
         self.report = SourceReport(source.name, source.split)
 
     def run(self) -> SourceReport:

@@ -268,7 +268,7 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, *_ = ctx.saved_tensors
         logit_map, _, vocabulary, _ = ctx.how
         gradient = HeadGradient(hidden, weight, bias, ctx.needs_input_grad[:3], logit_map.gain)
@@ -305,7 +305,9 @@ def _paired_logits(
     bias, teacher_bias = (None if b is None else b[:vocabulary] for b in (bias, teacher_bias))
     for chunk in chunks:
         z = logit_map.logits(hidden[chunk], weight, bias, student_buffer[: len(chunk)])
-        teacher_z = teacher_map.logits(teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_buffer[: len(chunk)])
+        teacher_z = teacher_map.logits(
+            teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_buffer[: len(chunk)]
+        )
         yield chunk, z, _log_softmax(teacher_z).to(dtype)
 
 

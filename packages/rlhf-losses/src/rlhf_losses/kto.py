@@ -20,7 +20,8 @@ def kto_loss(
 ) -> Tensor:
     """Prospect-theoretic loss of each example relative to a reference point.
 
-    L = λ_D (1 − σ(β (r − z))) if desirable, λ_U (1 − σ(β (z − r))) if not,  r = log π(y) − log π_ref(y),  z = max(0, kl)
+    L = λ_D (1 − σ(β (r − z))) if desirable, λ_U (1 − σ(β (z − r))) if not
+    r = log π(y) − log π_ref(y),  z = max(0, kl)
 
     Args:
         policy_logps: log π(y), `[B]`.

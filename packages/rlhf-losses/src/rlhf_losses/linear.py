@@ -197,7 +197,9 @@ class _LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, rows, normaliser, entropies = ctx.saved_tensors
         logit_map: LogitMap = ctx.logit_map
         dtype = normaliser.dtype
@@ -270,7 +272,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_sum: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         # In place: the saved tensor's version then refuses a second pass, instead of scaling twice.
         grads = (None if grad is None else grad.mul_(grad_sum).to(ctx.dtype) for grad in ctx.saved_tensors)
         return *grads, None, None, None, None, None, None

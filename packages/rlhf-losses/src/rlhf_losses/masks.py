@@ -72,7 +72,7 @@ def masked_whiten(values: Tensor, mask: Tensor, *, moments: Tensor | None = None
     Args:
         values: any shape.
         mask: True where a value counts, boolean, broadcastable to `values`.
-        moments: count, sum and sum of squares over all ranks, `[3]`, see `masked_moments`; by default those of `values`.
+        moments: count, sum and sum of squares over all ranks, `[3]`, see `masked_moments`; by default of `values`.
         shift_mean: if False the mean is added back and only the scale changes.
 
     Returns:

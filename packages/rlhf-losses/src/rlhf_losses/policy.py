@@ -66,7 +66,8 @@ def gspo_loss(
 ) -> Tensor:
     """Clipped surrogate on the ratio of whole sequences, per token.
 
-    L_t = −min(s_t A, clip(s_t, 1 − ε_low, 1 + ε_high) A),  s_t = sg[s] · π(y_t) / sg[π(y_t)],  s from `sequence_log_ratio`
+    L_t = −min(s_t A, clip(s_t, 1 − ε_low, 1 + ε_high) A),  s_t = sg[s] · π(y_t) / sg[π(y_t)]
+    s = exp(1/|y| Σ_t (log π(y_t) − log π_old(y_t))), see `sequence_log_ratio`
 
     In value s_t is the ratio of its sequence; its gradient is that of the token. The mean over the tokens of a
     sequence (`segment_mean`) is GSPO's loss of that sequence, in value and gradient.
@@ -86,8 +87,8 @@ def gspo_loss(
     Source: Zheng et al. 2025, eq. 5 and 13 to 15 (arXiv:2507.18071).
     """
     log_ratio = sequence_log_ratio(logps, old_logps, cu_seqlens, mask).detach()
-    sequence_logps = log_ratio[segment_ids(cu_seqlens, len(logps))]  # relative to old_logps, so these become zero
-    straight_through = sequence_logps + logps - logps.detach()
+    # Relative to the old policy, whose log-probs are then zero.
+    straight_through = log_ratio[segment_ids(cu_seqlens, len(logps))] + logps - logps.detach()
     return ppo_loss(straight_through, torch.zeros_like(logps), advantages, clip_low=clip_low, clip_high=clip_high)
 
 

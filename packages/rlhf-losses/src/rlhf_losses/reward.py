@@ -60,8 +60,8 @@ def process_reward_loss(step_logits: Tensor, step_labels: Tensor) -> Tensor:
     expected = step_logits.shape if step_labels.is_floating_point() else step_logits.shape[:1]
     if step_labels.shape != expected:
         raise ValueError(
-            f"step_labels must be {list(expected)} for logits {list(step_logits.shape)}, got {list(step_labels.shape)}; "
-            "pass int64 classes [S] or probabilities [S, C]"
+            f"step_labels must be {list(expected)} for logits {list(step_logits.shape)}, got "
+            f"{list(step_labels.shape)}; pass int64 classes [S] or probabilities [S, C]"
         )
     logits = step_logits.to(accumulation_dtype(step_logits.dtype))
     labels = step_labels.to(logits.dtype) if step_labels.is_floating_point() else step_labels

@@ -1,0 +1,62 @@
+"""The real files and tokenizers of ../shared, where they are present."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_data.errors import InputError
+from rlhf_data.sft import prepare_sft
+from rlhf_data.tokenizer import load_tokenizer
+
+SHARED = Path(__file__).resolve().parents[3].parent / "shared"
+pytestmark = [pytest.mark.real, pytest.mark.skipif(not SHARED.is_dir(), reason="there is no ../shared")]
+
+CHAT = {"apply_chat_template": True}
+FILES = {
+    "gsm8k_train.jsonl": {},
+    "gsm8k_pairs.jsonl": {"input_key": "prompt", "output_key": "chosen"},
+    "gsm8k_unpaired.jsonl": {"input_key": "instruction", "output_key": "response"},
+    "llmbar_natural.json": {"input_key": "input", "output_key": "output_1"},
+    "stories.jsonl": {"pretrain_mode": True},
+    "story_pairs.jsonl": {"input_key": "prompt", "output_key": "chosen"},
+    "chat_sft.jsonl": CHAT,
+    "chat_pairs.jsonl": CHAT | {"output_key": "chosen", "multiturn": True},
+    "kto_en_demo.json": CHAT,
+    "glaive_toolcall_en_demo.json": CHAT | {"multiturn": True},
+}
+HINTS = {
+    "gsm8k_pairs.jsonl": "--input_key prompt --output_key chosen",
+    "stories.jsonl": "--pretrain_mode",
+    "story_prompts.jsonl": "--input_key",
+    "oasst_en_100_tree.jsonl": "--input_key",
+    "self_instruct_seed_tasks.jsonl": "--input_key",
+    "vicuna_bench_question.jsonl": "--input_key",
+    "ifeval_input_data.jsonl": "--input_key",
+}
+
+
+@pytest.mark.parametrize("model", ["stories260K", "TinyStories-656K"])
+@pytest.mark.parametrize("file", FILES)
+def test_real_files_load(config, chat_templates, file, model):
+    tokenizer = load_tokenizer(str(SHARED / "models" / model))
+    options = dict(FILES[file])
+    if "apply_chat_template" in options and model == "TinyStories-656K":
+        options["tokenizer_chat_template"] = chat_templates["marked"]
+    data = prepare_sft(config(str(SHARED / "data" / file), max_samples=200, **options), tokenizer, seed=0)
+    assert data.eval is not None
+    assert len(data.train) + len(data.eval) >= 90
+    for number in range(0, len(data.train), 7):
+        sample = data.train[number]
+        assert not sample.target_mask[0]
+        assert (sample.input_ids[-1] == tokenizer.eos_token_id) or sample.truncated or "pretrain_mode" in options
+    assert len(data.report.format().split("\n")) <= 40
+
+
+@pytest.mark.parametrize("file", HINTS)
+def test_real_files_that_need_options_say_which(config, file):
+    tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"))
+    with pytest.raises(InputError) as error:
+        prepare_sft(config(str(SHARED / "data" / file)), tokenizer, seed=0)
+    assert HINTS[file] in str(error.value)
