@@ -33,6 +33,24 @@ def reported(debug: bool = False) -> Iterator[None]:
         fail(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (--debug shows where)", PROGRAM)
 
 
+@contextmanager
+def usage_reported() -> Iterator[None]:
+    """Report what Typer's parser refuses (a misspelt flag, a missing value) in the same way, instead of in a box."""
+    from typer.exceptions import TyperException
+
+    try:
+        yield
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        message = str(getattr(error, "format_message", error.__str__)())
+        if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help, which rich has printed by now
+            raise SystemExit(USER) from None
+        if close := getattr(error, "possibilities", None):
+            message = f"there is no option {error.option_name}; did you mean {close[0]}?"  # type: ignore[attr-defined]
+        help_ = f" (`{context.command_path} --help` shows what there is)" if context else ""
+        fail(message.replace("Value error, ", "").rstrip(".") + help_, USER)
+
+
 def fail(message: str, code: int) -> None:
     """Say `message` and exit. A rank that we started leaves it to its launcher, which shows the first failure only."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):

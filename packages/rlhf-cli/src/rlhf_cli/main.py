@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlhf_cli.errors import usage_reported
 from rlhf_cli.options import RUN, command
 from rlhf_cli.quickstart import QuickstartConfig
 from rlhf_core.config import SFTConfig
@@ -69,4 +70,5 @@ def top(show_version: Annotated[bool, typer.Option("--version", callback=version
 
 def main() -> None:
     """Run the command line."""
-    app()
+    with usage_reported():
+        raise SystemExit(app(standalone_mode=False))

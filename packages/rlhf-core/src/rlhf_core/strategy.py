@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -65,13 +66,14 @@ class Strategy:
             A DeepSpeed engine: call it like the module; `backward` and `step` go through this strategy.
         """
         optimizer = self._optimizer(policy)
-        engine, *_ = deepspeed().initialize(
-            model=policy,
-            optimizer=optimizer,
-            lr_scheduler=self._schedule(optimizer, total_steps),
-            config=self.deepspeed_config(),
-            dist_init_required=False,
-        )
+        with redirect_stdout(None):  # its bfloat16 optimizer prints a dozen lines of memory readings
+            engine, *_ = deepspeed().initialize(
+                model=policy,
+                optimizer=optimizer,
+                lr_scheduler=self._schedule(optimizer, total_steps),
+                config=self.deepspeed_config(),
+                dist_init_required=False,
+            )
         torch.manual_seed(self.config.batch.seed + self.rank)  # dropout differs between ranks, weights did not
         return engine
 

@@ -138,6 +138,11 @@ def with_adapter(model: Any, lora: LoraConfig) -> Any:
 
     whole = lora.target_modules == ["all-linear"]
     if lora.load_in_4bit:
+        for module in model.modules():
+            # On some CPUs bitsandbytes repacks a weight for inference the first time it is used in evaluation mode: it
+            # fails for sizes that are not multiples of 32, and training would go on with the repacked weight.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     adapter = peft.LoraConfig(
         r=lora.lora_rank,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_core.batch import Batch
-from rlhf_losses.linear import linear_cross_entropy_sum, linear_token_logps
+from rlhf_losses import linear_cross_entropy_sum, linear_token_logps
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Largest difference in nats between two ways to compute a log-prob of the same model, by number format."""
