@@ -144,8 +144,21 @@ def trl(folder: Path, steps: int) -> None:
 
 
 def measure(side: str, folder: Path, steps: int, zero_stage: int) -> dict[str, float]:
-    arguments = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--steps", str(steps), "--zero_stage", str(zero_stage)]
-    out = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    arguments = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(steps),
+        "--zero_stage",
+        str(zero_stage),
+    ]
+    out = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=900, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    )
     lines = [line for line in out.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
     if not lines:
         raise SystemExit(f"{side} failed:\n{out.stdout[-2000:]}\n{out.stderr[-4000:]}")
@@ -162,13 +175,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        ours(options.folder, options.steps, options.zero_stage) if options.side == "ours" else trl(options.folder, options.steps)
+        ours(options.folder, options.steps, options.zero_stage) if options.side == "ours" else trl(
+            options.folder, options.steps
+        )
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, options.vocabulary, BATCH * (WARMUP + options.steps + 1))
-        runs = [(measure("ours", folder, options.steps, options.zero_stage), measure("trl", folder, options.steps, 0)) for _ in range(options.pairs)]
-    print(f"vocabulary {options.vocabulary}, batch {BATCH}, {options.steps} steps, median of {options.pairs} pairs (each pair in brackets)\n")
+        runs = [
+            (measure("ours", folder, options.steps, options.zero_stage), measure("trl", folder, options.steps, 0))
+            for _ in range(options.pairs)
+        ]
+    print(
+        f"vocabulary {options.vocabulary}, batch {BATCH}, {options.steps} steps, median of {options.pairs} pairs (each pair in brackets)\n"
+    )
     print(f"{'':24}{'ours':>12}{'TRL':>12}   ratio")
     for key, label, ratio in (
         ("tokens_per_second", "tokens per second", lambda a, b: a / b),

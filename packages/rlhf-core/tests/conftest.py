@@ -11,7 +11,7 @@ from rlhf_core.libraries import settle
 
 settle()
 
-WORDS = "red blue green cat dog bird sun moon star tree river stone".split()
+WORDS = ["red", "blue", "green", "cat", "dog", "bird", "sun", "moon", "star", "tree", "river", "stone"]
 
 
 def rows(count: int) -> list[dict[str, str]]:

@@ -28,9 +28,12 @@ def test_an_adapter_trains_saves_reloads_and_merges(train, tiny, tmp_path, given
     assert rows[-1]["eval_loss"] < rows[0]["loss"] - 0.1
     folder = tmp_path / "out"
     weights = load_file(folder / "adapter_model.safetensors")
-    wanted = {module for module in given.get("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])}
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    wanted = set(given.get("target_modules", every))
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights} == wanted
-    assert all(w.numel() for w in weights.values()) and any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
+    assert all(w.numel() for w in weights.values()) and any(
+        w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name
+    )
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny)
 
     ids = torch.arange(5, 25)[None]

@@ -51,7 +51,16 @@ def stop_after(monkeypatch):
     yield arm
 
 
-@pytest.mark.parametrize("given", [{}, {"zero_stage": 0, "packing_samples": True}, {"zero_stage": 3, "bf16": True}, {"lora_rank": 4, "lora_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"zero_stage": 0, "packing_samples": True},
+        {"zero_stage": 3, "bf16": True},
+        {"lora_rank": 4, "lora_dropout": 0.3},
+    ],
+    ids=str,
+)
 def test_a_continued_run_equals_the_uninterrupted_one(train, tmp_path, stop_after, monkeypatch, given):
     given = given | {"max_epochs": 2, "save_steps": 3, "eval_steps": 2}
     whole = train(save_path=str(tmp_path / "whole"), **given)
@@ -157,7 +166,9 @@ def run(config, *, kill: float | None = None) -> int:
     )  # fmt: skip
     folder, deadline = Path(config.checkpoint.save_path) / "checkpoints", time.monotonic() + 120
     if kill is not None:
-        while not (folder.exists() and any(folder.iterdir())) and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (folder.exists() and any(folder.iterdir())) and process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.002)
         time.sleep(kill)
         process.send_signal(signal.SIGKILL)
@@ -174,6 +185,9 @@ def test_kill_minus_nine_while_a_checkpoint_is_written(options, tmp_path, monkey
         assert run(cut, kill=moment) == -signal.SIGKILL
     assert run(cut) == 0
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
-    read = [[json.loads(line) for line in (tmp_path / r / "run/metrics.jsonl").read_text().splitlines()] for r in ("whole", "cut")]
+    read = [
+        [json.loads(line) for line in (tmp_path / r / "run/metrics.jsonl").read_text().splitlines()]
+        for r in ("whole", "cut")
+    ]
     assert same_rows(*read)
     assert not list((tmp_path / "cut").rglob(".writing-*"))

@@ -23,7 +23,9 @@ def samples(options, tiny):
     return [dataset[i] for i in range(16)]
 
 
-def loss_and_gradient(options, samples, *, ragged: bool, micro: int = 16, budget: int | None = None, dtype=torch.float32, **given):
+def loss_and_gradient(
+    options, samples, *, ragged: bool, micro: int = 16, budget: int | None = None, dtype=torch.float32, **given
+):
     """Mean loss over all targets and its gradient, by the loop's own division into micro-batches."""
     config = options(**given)
     attention = ragged_implementation(torch.device("cpu"))[0] if ragged else "sdpa"
@@ -46,7 +48,9 @@ def assert_same(one, other) -> None:
     assert one[1].keys() == other[1].keys()
     for name, gradient in one[1].items():
         scale = gradient.abs().max()
-        torch.testing.assert_close(gradient / scale, other[1][name] / scale, rtol=0, atol=1e-6, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradient / scale, other[1][name] / scale, rtol=0, atol=1e-6, msg=f"gradient of {name} differs"
+        )
 
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
@@ -68,7 +72,12 @@ def test_packing_by_budget_changes_nothing(options, samples):
 def test_gradient_checkpointing_changes_nothing(options, samples, reentrant):
     plain = loss_and_gradient(options, samples, ragged=True, micro=4)
     again = loss_and_gradient(
-        options, samples, ragged=True, micro=4, gradient_checkpointing=True, gradient_checkpointing_use_reentrant=reentrant
+        options,
+        samples,
+        ragged=True,
+        micro=4,
+        gradient_checkpointing=True,
+        gradient_checkpointing_use_reentrant=reentrant,
     )
     assert_same(plain, again)
 
@@ -82,7 +91,9 @@ def test_the_chunked_head_equals_full_logits(options, samples):
     for sample in samples:
         ids = torch.from_numpy(sample.input_ids).long()
         labels = torch.where(torch.from_numpy(sample.target_mask), ids, -100)[1:]
-        total = total + cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], labels, ignore_index=-100, reduction="sum")
+        total = total + cross_entropy(
+            model(ids[None], use_cache=False).logits[0, :-1], labels, ignore_index=-100, reduction="sum"
+        )
         count += int((labels != -100).sum())
     (total / count).backward()
     plain = (total / count).detach(), {f"model.{name}": p.grad for name, p in model.named_parameters()}
@@ -92,7 +103,11 @@ def test_the_chunked_head_equals_full_logits(options, samples):
 @pytest.mark.parametrize(
     "given",
     [{"zero_stage": stage} for stage in (1, 2, 3)]
-    + [{"zero_stage": 0, "packing_samples": True}, {"zero_stage": 0, "micro_train_batch_size": 1}, {"adam_offload": True}],
+    + [
+        {"zero_stage": 0, "packing_samples": True},
+        {"zero_stage": 0, "micro_train_batch_size": 1},
+        {"adam_offload": True},
+    ],
     ids=str,
 )
 def test_zero_stages_packing_and_accumulation_train_the_same(train, tmp_path, given):

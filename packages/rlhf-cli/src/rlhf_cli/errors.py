@@ -41,14 +41,13 @@ def usage_reported() -> Iterator[None]:
     try:
         yield
     except TyperException as error:
-        context = getattr(error, "ctx", None)
-        message = str(getattr(error, "format_message", error.__str__)())
-        if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help, which rich has printed by now
+        context, message = getattr(error, "ctx", None), error.format_message()
+        if not message:  # no arguments at all: the help has been shown
             raise SystemExit(USER) from None
         if close := getattr(error, "possibilities", None):
             message = f"there is no option {error.option_name}; did you mean {close[0]}?"  # type: ignore[attr-defined]
-        help_ = f" (`{context.command_path} --help` shows what there is)" if context else ""
-        fail(message.replace("Value error, ", "").rstrip(".") + help_, USER)
+        see = f" (`{context.command_path} --help` shows what there is)" if context else ""
+        fail(message.replace("Value error, ", "").rstrip(".") + see, USER)
 
 
 def fail(message: str, code: int) -> None:

@@ -33,6 +33,7 @@ def launch(parallel: ParallelConfig, work: Callable[..., None], *, dry_run: bool
         work: the command; takes `dry_run` and `world_size`.
         dry_run: only plan, in this process, as if all ranks were there.
     """
+    sys.argv[1:] = hide_key(sys.argv[1:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return work(dry_run=dry_run, world_size=int(os.environ["WORLD_SIZE"]))
     here = ranks_on_this_node(parallel)
@@ -67,7 +68,7 @@ def start_ranks(parallel: ParallelConfig, here: int) -> None:
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "rlhf_cli", *hide_key(sys.argv[1:]))
+        elastic_launch(config, sys.executable)("-m", "rlhf_cli", *sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise SystemExit(report(rank, failure)) from None
@@ -78,7 +79,9 @@ def report(rank: int, failure: Any) -> int:
     from rlhf_cli.errors import PROGRAM, USER
 
     if failure.exitcode < 0:
-        message = f"rank {rank} was killed by signal {signal.Signals(-failure.exitcode).name}; the other ranks were ended"
+        message = (
+            f"rank {rank} was killed by signal {signal.Signals(-failure.exitcode).name}; the other ranks were ended"
+        )
     elif failure.error_file_data.get("message"):
         message = failure.message
     else:
@@ -88,7 +91,10 @@ def report(rank: int, failure: Any) -> int:
 
 
 def hide_key(arguments: list[str]) -> list[str]:
-    """Hand a Weights & Biases key to the ranks in the environment, where other users of the machine do not see it."""
+    """Move a Weights & Biases key from the command line to the environment.
+
+    Other users of the machine see the ranks' command lines, and wandb writes its own process's down.
+    """
     hidden = list(arguments)
     for i, argument in enumerate(hidden):
         flag, _, value = argument.replace("-", "_").partition("=")

@@ -20,7 +20,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("-", "_"),
+    },
 )
 train = typer.Typer(help="Train a model.", no_args_is_help=True)
 data = typer.Typer(help="Look at data.", no_args_is_help=True)
@@ -29,7 +32,9 @@ app.add_typer(data, name="data")
 
 DryRun = Annotated[
     bool,
-    typer.Option("--dry_run", help="Check everything, print the plan, and stop before any weight is loaded.", rich_help_panel=RUN),
+    typer.Option(
+        "--dry_run", help="Check everything, print the plan, and stop before any weight is loaded.", rich_help_panel=RUN
+    ),
 ]
 
 
@@ -64,7 +69,14 @@ def version(show: bool) -> None:
 
 
 @app.callback()
-def top(show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False) -> None:
+def top(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
+    ] = False,
+    local_rank: Annotated[
+        int, typer.Option("--local_rank", hidden=True, help="What `deepspeed` puts first; LOCAL_RANK says it too.")
+    ] = 0,
+) -> None:
     """Post-training for language models: from one laptop CPU to a cluster of GPUs."""
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -46,7 +45,7 @@ def is_group(annotation: Any) -> bool:
 def parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:
     """The Typer parameter of one field. Its default is None (not given): the field's own default applies later."""
     kind, flags = plain_type(field.annotation), [f"--{name}"]
-    flags += [f"--{extra.name}" for extra in markers(field) if isinstance(extra, Alias)]
+    flags += [f"--{alias}" for alias in aliases_of(field)]
     if kind is bool and field.default is True:
         flags[0] += f"/--no_{name}"
     option = typer.Option(
@@ -56,7 +55,9 @@ def parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Paramet
         show_default=show(field),
         **bounds(field, kind),
     )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def markers(field: FieldInfo) -> Iterator[Any]:
@@ -68,6 +69,10 @@ def markers(field: FieldInfo) -> Iterator[Any]:
             yield from (m for nested in inner.__metadata__ if isinstance(nested, FieldInfo) for m in nested.metadata)
 
 
+def aliases_of(field: FieldInfo) -> list[str]:
+    return [marker.name for marker in markers(field) if isinstance(marker, Alias)]
+
+
 def plain_type(annotation: Any) -> Any:
     """What Typer parses: no bounds, no `| None`; whole numbers and secrets are text until the config reads them."""
     if get_origin(annotation) is Annotated:
@@ -76,17 +81,22 @@ def plain_type(annotation: Any) -> Any:
         (annotation,) = [inner for inner in get_args(annotation) if inner is not types.NoneType]
         return plain_type(annotation)
     if get_origin(annotation) is tuple:
-        return tuple[tuple(plain_type(inner) for inner in get_args(annotation))]
+        return tuple[(str,) * len(get_args(annotation))]  # several numbers: the config reads them
     return str if annotation is SecretStr else annotation
 
 
 def bounds(field: FieldInfo, kind: Any) -> dict[str, Any]:
     """What `--help` says of a number's range. The config checks it (and reads `1e6`, which Typer's int would not)."""
+    if get_origin(kind) is tuple:
+        return {"metavar": " ".join("X" for _ in get_args(kind))}
     if kind not in (int, float):
         return {}
     signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
-    parts = [f"{signs[type(m)]} {next(iter(vars(m).values())) if hasattr(m, '__dict__') else value_of(m)}"
-             for m in markers(field) if type(m) in signs]
+    parts = [
+        f"{signs[type(m)]} {next(iter(vars(m).values())) if hasattr(m, '__dict__') else value_of(m)}"
+        for m in markers(field)
+        if type(m) in signs
+    ]
     metavar = "N" if kind is int else "X"
     return {"parser": str, "metavar": f"{metavar} {', '.join(parts)}" if parts else metavar}
 
@@ -162,7 +172,10 @@ def read_yaml(path: Path, config: type[BaseModel]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"--config: {path} must hold `option: value` lines, got {type(content).__name__}")
     groups = {name for name, field in config.model_fields.items() if is_group(field.annotation)}
-    aliases = {m.name: name for name, field, _ in options(config) for m in markers(field) if isinstance(m, Alias)}
+    secrets = {
+        name for name, field, _ in options(config) if SecretStr in (field.annotation, *get_args(field.annotation))
+    }
+    aliases = {alias: name for name, field, _ in options(config) for alias in aliases_of(field)}
     known, flat = {name for name, _, _ in options(config)}, {}
     for key, value in content.items():
         inner = value if key in groups and isinstance(value, dict) else {key: value}
@@ -170,7 +183,8 @@ def read_yaml(path: Path, config: type[BaseModel]) -> dict[str, Any]:
             name = aliases.get(name := str(name).replace("-", "_"), name)
             if name not in known:
                 raise InputError(f"--config: {path}: unknown option `{name}`{nearest(name, known)}")
-            flat[name] = item
+            if not (name in secrets and item and set(str(item)) == {"*"}):  # a record does not hold the secret
+                flat[name] = item
     return {name: value for name, value in flat.items() if value is not None}
 
 
@@ -211,6 +225,9 @@ def command(app: typer.Typer, name: str, config: type[C]) -> Callable[[Callable[
             return super().parse_args(ctx, spread_lists(args, config))
 
     def register(run: Callable[..., None]) -> None:
+        flags = [flag for name, field, _ in options(config) for flag in (name, *aliases_of(field))]
+        if shared := {flag for flag in flags if flags.count(flag) > 1}:
+            raise ValueError(f"two options of {config.__name__} share a flag: {', '.join(sorted(shared))}")
         extra = [p for p in inspect.signature(run).parameters.values() if p.name != "config"]
 
         def callback(**values: Any) -> None:
@@ -222,11 +239,23 @@ def command(app: typer.Typer, name: str, config: type[C]) -> Callable[[Callable[
                 run(build(config, given), **own)
 
         signature = [parameter(*option) for option in options(config)]
-        file = Annotated[Path | None, typer.Option("--config", help="YAML or JSON file of options, e.g. a run's own `run/config.json`; flags win.", rich_help_panel=RUN)]
+        file = Annotated[
+            Path | None,
+            typer.Option(
+                "--config",
+                help="YAML or JSON file of options, e.g. a run's own `run/config.json`; flags win.",
+                rich_help_panel=RUN,
+            ),
+        ]
         debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUN)]
         signature.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file))
         signature.append(inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=debug))
-        signature += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=typing.get_type_hints(run, include_extras=True)[p.name]) for p in extra]
+        signature += [
+            p.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY, annotation=typing.get_type_hints(run, include_extras=True)[p.name]
+            )
+            for p in extra
+        ]
         callback.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
         app.command(name, cls=Command, help=inspect.getdoc(config), no_args_is_help=True)(callback)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +17,10 @@ from pydantic import Field
 from rlhf_data.config import Config, Count
 from rlhf_data.errors import InputError
 
-WORDS = (
-    "apple bear boat book bridge castle cloud coin door drum eagle field fish garden glass horse island lamp leaf lion moon "
-    "mouse piano river rose ship snow star stone tiger tree wolf"
-).split()
+WORDS = """
+apple bear boat book bridge castle cloud coin door drum eagle field fish garden glass horse
+island lamp leaf lion moon mouse piano river rose ship snow star stone tiger tree wolf
+""".split()
 TEMPLATE = "Question: {}\nAnswer:"
 
 
@@ -48,7 +47,10 @@ def question(rng: random.Random) -> dict[str, str]:
         (
             {"question": f"Say {first} and {second} the other way round.", "answer": f" {second} and {first}"},
             {"question": f"What is the last of {first}, {second}, {third}?", "answer": f" {third}"},
-            {"question": f"Which word is between {first} and {third}: {first} {second} {third}?", "answer": f" {second}"},
+            {
+                "question": f"Which word is between {first} and {third}: {first} {second} {third}?",
+                "answer": f" {second}",
+            },
             {"question": f"Say {first} {second} and {first} again.", "answer": f" {first} {second} {first}"},
         )
     )
@@ -88,7 +90,9 @@ def prepare_folder(folder: Path) -> Path:
     """An empty folder, or one with an earlier quickstart in it, which is removed."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "questions").is_dir():
-            raise InputError(f"--folder {folder} holds something else than an earlier quickstart: choose another folder")
+            raise InputError(
+                f"--folder {folder} holds something else than an earlier quickstart: choose another folder"
+            )
         for name in ("model", "questions", "sft"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,9 @@ def options(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
 
 def command(folder: Path, config: QuickstartConfig) -> str:
     """The command line that does the same."""
-    flags = (f"--{name}" if value is True else f"--{name} {quoted(value)}" for name, value in options(folder, config).items())
+    flags = (
+        f"--{name}" if value is True else f"--{name} {quoted(value)}" for name, value in options(folder, config).items()
+    )
     return "   rlhf train sft " + " \\\n      ".join(flags)
 
 
@@ -155,7 +161,7 @@ def answer(model_folder: Path, rows: list[dict[str, str]]) -> list[str]:
     """What the model answers, greedily."""
     from transformers import AutoModelForCausalLM
 
-    from rlhf_data.encode import Encoder, EncodeOptions
+    from rlhf_data.encode import EncodeOptions, Encoder
     from rlhf_data.rows import Pair
     from rlhf_data.tokenizer import load_tokenizer
     from rlhf_infer.config import SamplingConfig

@@ -60,7 +60,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in moved.items()})
+        return Batch(
+            **{name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in moved.items()}
+        )
 
     @property
     def num_samples(self) -> int:
@@ -79,4 +81,6 @@ class Batch:
     def sample_of_token(self) -> Tensor:
         """Which sample each token belongs to, `[T]` int64."""
         counts = self.cu_seqlens.diff().long()
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=counts.device), counts, output_size=self.input_ids.numel())
+        return torch.repeat_interleave(
+            torch.arange(len(self.lengths), device=counts.device), counts, output_size=self.input_ids.numel()
+        )

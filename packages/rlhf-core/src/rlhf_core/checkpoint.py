@@ -93,6 +93,7 @@ class Checkpoints:
         Raises:
             InputError: there are checkpoints and all are damaged.
         """
+
         def choose() -> tuple[list[str], Path | None]:
             notes = []
             for path in self.all():
@@ -105,7 +106,9 @@ class Checkpoints:
         for note in notes:
             self.strategy.say(note)
         if path is None and notes:
-            raise InputError(f"--load_checkpoint: every checkpoint in {self.folder} is damaged; remove them to start anew")
+            raise InputError(
+                f"--load_checkpoint: every checkpoint in {self.folder} is damaged; remove them to start anew"
+            )
         return None if path is None else (path, json.loads((path / STATE).read_text()))
 
     def load(self, engine: Any, path: Path) -> None:

@@ -67,7 +67,7 @@ class LoraConfig(Config):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter, as a probability."""
 
-    target_modules: list[str] = ["all-linear"]
+    target_modules: Annotated[list[str], Field(min_length=1)] = Field(default=["all-linear"])
     """Modules that get an adapter, by name; `all-linear` is every linear layer but the head."""
 
     load_in_4bit: bool = False
@@ -76,7 +76,9 @@ class LoraConfig(Config):
     @model_validator(mode="after")
     def _four_bits_need_an_adapter(self) -> LoraConfig:
         if self.load_in_4bit and not self.lora_rank:
-            raise ValueError("--load_in_4bit freezes the base weights, so there is nothing to train: set --lora_rank, e.g. 16")
+            raise ValueError(
+                "--load_in_4bit freezes the base weights, so there is nothing to train: set --lora_rank, e.g. 16"
+            )
         return self
 
 
@@ -170,7 +172,9 @@ class ParallelConfig(Config):
         if self.overlap_comm and self.zero_stage == 0:
             raise ValueError("--overlap_comm overlaps ZeRO's gradient reduction: set --zero_stage 1, 2 or 3")
         if self.node_rank >= self.num_nodes:
-            raise ValueError(f"--node_rank {self.node_rank} must be below --num_nodes {self.num_nodes}; nodes count from 0")
+            raise ValueError(
+                f"--node_rank {self.node_rank} must be below --num_nodes {self.num_nodes}; nodes count from 0"
+            )
         return self
 
 
@@ -215,6 +219,9 @@ class LoggingConfig(Config):
 
     eval_steps: Interval = -1
     """Evaluate every so many optimizer steps; -1 for at the end of every epoch."""
+
+    eval_at_start: bool = False
+    """Evaluate also before the first step, to have something to compare with."""
 
     use_wandb: SecretStr | None = None
     """Log to Weights & Biases: an API key, or True after `wandb login` (or with WANDB_MODE=offline). The key is never written down."""
@@ -264,5 +271,7 @@ class SFTConfig(TrainConfig):
     @model_validator(mode="after")
     def _text_has_no_turns(self) -> SFTConfig:
         if self.data.pretrain_mode and self.data.apply_chat_template:
-            raise ValueError("--pretrain_mode trains on plain text and --apply_chat_template on conversations: give one of them")
+            raise ValueError(
+                "--pretrain_mode trains on plain text and --apply_chat_template on conversations: give one of them"
+            )
         return self

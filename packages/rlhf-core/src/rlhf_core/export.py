@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,10 +45,12 @@ def export(policy: Policy, tokenizer: Any, folder: Path, strategy: Strategy, sha
         if strategy.is_first:
             tokenizer.save_pretrained(staging)
             move_into_place(staging, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if strategy.is_first:
             shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"the model could not be written to {folder} ({error}); nothing there was changed") from error
+        raise CheckpointError(
+            f"the model could not be written to {folder} ({error}); nothing there was changed"
+        ) from error
     strategy.barrier()
 
 
@@ -146,9 +149,13 @@ def move_into_place(staging: Path, folder: Path) -> None:
     for path in new:
         path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
         sync(path)
-        os.replace(path, folder / path.name)
+        path.replace(folder / path.name)
     written = {path.name for path in new}
-    for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json"), *folder.glob("adapter_*")):
+    for stale in (
+        *folder.glob("model*.safetensors"),
+        *folder.glob("model.safetensors.index.json"),
+        *folder.glob("adapter_*"),
+    ):
         if stale.name not in written:
             stale.unlink()
     staging.rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +58,7 @@ class Position:
     """Where a run is: optimizer steps done, samples seen (which says which come next), tokens seen."""
 
     step: int = 0
-    data: Progress = Progress()
+    data: Progress = field(default_factory=Progress)
     tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +73,16 @@ class NonFiniteLoss(RuntimeError):
     """The loss or the gradient is NaN or infinite; the run is ended before anything of it is saved."""
 
 
-def fit(method: Method, engine: Any, policy: Any, tokenizer: Any, strategy: Strategy, config: TrainConfig, plan: Plan, report: Any) -> None:
+def fit(
+    method: Method,
+    engine: Any,
+    policy: Any,
+    tokenizer: Any,
+    strategy: Strategy,
+    config: TrainConfig,
+    plan: Plan,
+    report: Any,
+) -> None:
     """Train until `max_epochs`, from where a checkpoint stopped if asked to, evaluating, logging and saving on the way.
 
     Args:
@@ -93,23 +102,25 @@ def fit(method: Method, engine: Any, policy: Any, tokenizer: Any, strategy: Stra
     """
     checkpoints = Checkpoints(config.checkpoint, strategy)
     identity = identify(method, config, strategy)
-    position, offset = resume(checkpoints, engine, identity, strategy, config)
+    start, offset = resume(checkpoints, engine, identity, strategy, config)
     record = None
     if strategy.is_first:
         record = Record(Path(config.checkpoint.save_path) / "run", config, method.name, offset)
         record.write("data.json", report.to_dict())
         record.write("plan.json", plan.to_dict())
-    display = Display(plan.total_steps, position.step, strategy.is_first)
+    display = Display(plan.total_steps, start.step, strategy.is_first)
 
     def log(row: dict[str, Any]) -> None:
         if record:
             record.row(row)
         display.row(row)
 
-    meter, clock, tokens = Meter(), time.perf_counter(), position.tokens
+    meter, clock, tokens = Meter(), time.perf_counter(), start.tokens
     weights = method.weights(method.train)
     try:
-        for window, position in windows(position, method.train, config) if position.step < plan.total_steps else ():
+        if config.logging.eval_at_start and start.step == 0:
+            log({"step": 0, "epoch": 0.0} | evaluate(method, engine, strategy, config))
+        for window, position in windows(start, method.train, config):
             engine.train()
             norm = train_step(method, engine, strategy, config, window, weights, meter)
             display.advance(position.step)
@@ -124,7 +135,10 @@ def fit(method: Method, engine: Any, policy: Any, tokenizer: Any, strategy: Stra
                 log({"step": position.step, "epoch": epochs(position, method.train)} | row)
                 meter, clock, tokens = Meter(), now, position.tokens
             if evaluation_due(position, plan, config):
-                log({"step": position.step, "epoch": epochs(position, method.train)} | evaluate(method, engine, strategy, config))
+                log(
+                    {"step": position.step, "epoch": epochs(position, method.train)}
+                    | evaluate(method, engine, strategy, config)
+                )
                 clock = time.perf_counter()
             if due(position.step, config.checkpoint.save_steps):
                 save(checkpoints, engine, policy, tokenizer, position, identity, record, strategy, config)
@@ -153,15 +167,23 @@ def epochs(position: Position, train: Any) -> float:
 def windows(start: Position, train: Any, config: TrainConfig) -> Iterator[tuple[np.ndarray, Position]]:
     """The samples of each optimizer step that is left, and the position after it."""
     step, tokens = start.step, start.tokens
+    if start.data.epoch >= config.batch.max_epochs:
+        return
     for window, data in Order(len(train), config.batch.seed).windows(config.batch.train_batch_size, start.data):
         step, tokens = step + 1, tokens + int(train.lengths[window].sum())
         yield window, Position(step, data, tokens)
-        if data.epoch == config.batch.max_epochs:
+        if data.epoch >= config.batch.max_epochs:
             return
 
 
 def train_step(
-    method: Method, engine: Any, strategy: Strategy, config: TrainConfig, window: np.ndarray, weights: np.ndarray, meter: Meter
+    method: Method,
+    engine: Any,
+    strategy: Strategy,
+    config: TrainConfig,
+    window: np.ndarray,
+    weights: np.ndarray,
+    meter: Meter,
 ) -> float:
     """One optimizer step over the samples of `window`; returns the gradient norm.
 
@@ -182,9 +204,13 @@ def train_step(
     return norm
 
 
-def rank_batches(method: Method, dataset: Any, window: np.ndarray, strategy: Strategy, config: TrainConfig) -> Iterator[Batch]:
+def rank_batches(
+    method: Method, dataset: Any, window: np.ndarray, strategy: Strategy, config: TrainConfig
+) -> Iterator[Batch]:
     """This rank's micro-batches of a window; every rank has as many."""
-    plan = plan_micro_batches(dataset.lengths[window], strategy.world_size, config.batch.micro_train_batch_size, method.token_budget)
+    plan = plan_micro_batches(
+        dataset.lengths[window], strategy.world_size, config.batch.micro_train_batch_size, method.token_budget
+    )
     for places in plan[strategy.rank]:
         if len(places):
             yield method.collate([dataset[int(i)] for i in window[places]])
@@ -232,7 +258,9 @@ def resume(
         return Position(), None
     path, state = found
     different = [
-        f"{key} was {state['identity'].get(key)} and is {value}" for key, value in identity.items() if state["identity"].get(key) != value
+        f"{key} was {state['identity'].get(key)} and is {value}"
+        for key, value in identity.items()
+        if state["identity"].get(key) != value
     ]
     if different:
         raise InputError(f"--load_checkpoint: {path} belongs to another run: {'; '.join(different)}")

@@ -58,7 +58,11 @@ class Plan:
     def _layout(self, config: TrainConfig) -> str:
         if getattr(config.data, "packing_samples", False):
             return f", rows filled to {self.utilisation:.0%}"
-        return ", nothing padded" if config.model.flash_attn else f", {self.utilisation:.0%} of them real, the rest padding"
+        return (
+            ", nothing padded"
+            if config.model.flash_attn
+            else f", {self.utilisation:.0%} of them real, the rest padding"
+        )
 
     def format(self, config: TrainConfig) -> str:
         """The plan as a person reads it."""
@@ -82,7 +86,9 @@ class Plan:
         )
 
 
-def make_plan(config: TrainConfig, model_config: Any, train: Any, evaluation: Any, world_size: int, budget: int | None) -> Plan:
+def make_plan(
+    config: TrainConfig, model_config: Any, train: Any, evaluation: Any, world_size: int, budget: int | None
+) -> Plan:
     """Derive the plan and refuse what cannot work.
 
     Args:
@@ -105,7 +111,11 @@ def make_plan(config: TrainConfig, model_config: Any, train: Any, evaluation: An
     rows = plan_micro_batches(window, world_size, batch.micro_train_batch_size, budget)
     ragged = budget is not None or config.model.flash_attn
     sizes = [window[row].sum() if ragged else len(row) * window[row].max() for rank in rows for row in rank if len(row)]
-    room = budget * len(sizes) if budget else sum(len(row) * window[row].max() for rank in rows for row in rank if len(row))
+    room = (
+        budget * len(sizes)
+        if budget
+        else sum(len(row) * window[row].max() for rank in rows for row in rank if len(row))
+    )
     total, trained = count_parameters(config, model_config)
     largest = int(max(sizes))
     return Plan(
@@ -150,7 +160,11 @@ def check_context(config: TrainConfig, model_config: Any, longest: int) -> None:
 def check_writable(config: TrainConfig) -> None:
     """Find out now whether the run's folders can be written, not after it."""
     saving = config.checkpoint
-    for option, name in (("--save_path", saving.save_path), ("--ckpt_path", saving.ckpt_path), ("--use_tensorboard", config.logging.use_tensorboard)):
+    for option, name in (
+        ("--save_path", saving.save_path),
+        ("--ckpt_path", saving.ckpt_path),
+        ("--use_tensorboard", config.logging.use_tensorboard),
+    ):
         if name is None:
             continue
         path = Path(name)
@@ -170,8 +184,14 @@ def count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--pretrain {config.model.pretrain} ({model_config.model_type}) is no causal language model: {reason}"
+        ) from error
     total = sum(p.numel() for p in model.parameters())
     lora = config.lora
     if not lora.lora_rank:
@@ -184,8 +204,10 @@ def count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:
         if isinstance(module, torch.nn.Linear) and module is not head and (names is None or name.endswith(names))
     ]
     if not linear:
-        raise InputError(f"--target_modules {' '.join(lora.target_modules)}: no module of {config.model.pretrain} has that name; "
-                         f"it has {', '.join(sorted({name.rsplit('.', 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}))}")
+        raise InputError(
+            f"--target_modules {' '.join(lora.target_modules)}: no module of {config.model.pretrain} has that name; "
+            f"it has {', '.join(sorted({name.rsplit('.', 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}))}"
+        )
     added = sum(lora.lora_rank * (module.in_features + module.out_features) for module in linear)
     return total + added, added
 
@@ -217,7 +239,9 @@ def estimate_memory(config: TrainConfig, text: Any, total: int, trained: int, to
 
 def writes(config: TrainConfig) -> tuple[str, ...]:
     saving = config.checkpoint
-    lines = [f"{saving.save_path}: the final {'adapter' if config.lora.lora_rank else 'model'}, its tokenizer, and run/ (options, metrics, data report)"]
+    lines = [
+        f"{saving.save_path}: the final {'adapter' if config.lora.lora_rank else 'model'}, its tokenizer, and run/ (options, metrics, data report)"
+    ]
     if saving.save_steps > 0:
         folder = saving.ckpt_path or f"{saving.save_path}/checkpoints"
         export = " with a Hugging Face export each" if saving.save_hf_ckpt else ""

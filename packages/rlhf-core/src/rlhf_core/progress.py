@@ -26,7 +26,13 @@ class Display:
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if active and self._console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("train", total=total, completed=done, text="")
             self._bar.start()
@@ -40,7 +46,9 @@ class Display:
         if not self._active:
             return
         evaluation = {name: value for name, value in row.items() if name.startswith("eval_")}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in (evaluation or row).items() if evaluation or name in SHOWN)
+        text = "  ".join(
+            f"{name} {value:.4g}" for name, value in (evaluation or row).items() if evaluation or name in SHOWN
+        )
         if self._bar and not evaluation:
             self._bar.update(self._task, text=text)
         else:

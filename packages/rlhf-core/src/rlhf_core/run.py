@@ -10,7 +10,9 @@ from rlhf_core.libraries import settle
 from rlhf_data.errors import InputError
 
 
-def run(config: TrainConfig, make_method: Callable[[TrainConfig, Any], Any], *, dry_run: bool = False, world_size: int = 1) -> None:
+def run(
+    config: TrainConfig, make_method: Callable[[TrainConfig, Any], Any], *, dry_run: bool = False, world_size: int = 1
+) -> None:
     """Check everything, load the model, train, and write the result.
 
     Args:

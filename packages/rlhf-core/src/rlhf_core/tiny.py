@@ -42,7 +42,16 @@ def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = 512) ->
     return wrapped
 
 
-def make_model(tokenizer: Any, folder: Path, *, hidden_size: int = 128, layers: int = 2, max_len: int = 256, seed: int = 0, **options: Any) -> Any:
+def make_model(
+    tokenizer: Any,
+    folder: Path,
+    *,
+    hidden_size: int = 128,
+    layers: int = 2,
+    max_len: int = 256,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
     """Save a random Llama-style model for `tokenizer`, ready for `--pretrain`.
 
     Args:

@@ -42,9 +42,17 @@ def ragged_attention(
     """Causal attention within each sample.
 
     Args:
-        query: `[1, heads, T, D]`; `key` and `value` the same with their own number of heads.
+        module: the attention layer.
+        query: `[1, heads, T, D]`.
+        key: `[1, key heads, T, D]`.
+        value: `[1, key heads, T, D]`.
+        attention_mask: unused; the limits of samples say it all.
+        scaling: factor of the scores before the softmax.
+        dropout: probability of dropping an attention weight while training.
+        sliding_window: how many places back a token sees, itself included.
         cu_seq_lens_q: where each sample starts, and the end, `[N+1]`. Without it, one sample of T tokens (generation).
         max_length_q: length of the longest sample.
+        **kwargs: what transformers also passes on.
 
     Returns:
         `[1, T, heads, D]`, and no attention weights.
@@ -67,7 +75,18 @@ def ragged_attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = (sliding_window - 1 if sliding_window else -1, 0)
         gqa = q.shape[1] != k.shape[1]
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, enable_gqa=gqa)
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=window,
+            enable_gqa=gqa,
+        )
         return out[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     pieces = [
@@ -77,7 +96,9 @@ def ragged_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
     """Causal attention of one sample, queries aligned to the end of the keys; `[1, heads, L, D]`."""
     length, context = query.shape[2], key.shape[2]
     mask = None

@@ -25,8 +25,8 @@ def load_model_config(model: ModelConfig) -> Any:
         check_folder(Path(model.pretrain).expanduser())
     try:
         config = AutoConfig.from_pretrained(model.pretrain, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"--pretrain {model.pretrain}: {first_line(error)}") from error
+    except Exception as error:  # transformers checks configs in many ways, each with errors of its own
+        raise InputError(f"--pretrain {model.pretrain}: {' '.join(str(error).split())[:500]}") from error
     text = config.get_text_config()
     if model.aux_loss_coef and not any(getattr(text, name, None) for name in EXPERTS):
         raise InputError(
@@ -46,7 +46,9 @@ def check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"--pretrain {folder} is an adapter, not a whole model: merge it into its base model first")
     if not (folder / "config.json").is_file():
-        raise InputError(f"--pretrain {folder}: there is no config.json, so this is not a model folder in Hugging Face format")
+        raise InputError(
+            f"--pretrain {folder}: there is no config.json, so this is not a model folder in Hugging Face format"
+        )
     try:
         json.loads((folder / "config.json").read_text())
     except ValueError as error:
@@ -56,7 +58,12 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"--pretrain {folder}: there are no weights (*.safetensors) in it")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        try:
+            named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--pretrain {folder}: {index.name} is not a readable index of weights ({error})"
+            ) from error
         if missing := sorted(path.name for path in named if not path.is_file()):
             raise InputError(f"--pretrain {folder}: {index.name} names {', '.join(missing)}, which is not there")
     for path in weights:
@@ -102,17 +109,22 @@ def load_model(
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     split_while_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # noqa: F841 (alive while loading)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             model.pretrain,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=model.trust_remote_code,
             quantization_config=four_bit(dtype) if lora.load_in_4bit else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except ImportError as error:
-        raise InputError(f"--load_in_4bit needs bitsandbytes: pip install 'rlhf-core[qlora]' ({first_line(error)})") from error
+        raise InputError(
+            f"--load_in_4bit needs bitsandbytes: pip install 'rlhf-core[qlora]' ({first_line(error)})"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"--pretrain {model.pretrain}: the model cannot be loaded: {first_line(error)}") from error
+    check_complete(model.pretrain, found)
     loaded.config.use_cache = False
     if lora.lora_rank:
         loaded = with_adapter(loaded, lora)
@@ -121,6 +133,20 @@ def load_model(
         if lora.lora_rank or model.gradient_checkpointing_use_reentrant:
             loaded.enable_input_require_grads()
     return loaded
+
+
+def check_complete(name: str, found: dict[str, Any]) -> None:
+    """Refuse to train what transformers made up: it fills in weights that the files lack at random, and only warns."""
+    if found["mismatched_keys"]:
+        weight, there, wanted = sorted(found["mismatched_keys"])[0]
+        raise InputError(
+            f"--pretrain {name}: the weights do not fit config.json: {weight} is {list(there)} in the files and {list(wanted)} by the config"
+        )
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise InputError(
+            f"--pretrain {name}: the files lack {len(missing)} of the weights that config.json asks for, such as {missing[0]}"
+        )
 
 
 def four_bit(dtype: Any) -> Any:

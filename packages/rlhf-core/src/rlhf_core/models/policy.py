@@ -68,7 +68,9 @@ class Policy(nn.Module):
         self.logits = Logits.of(self.config.get_text_config())
         head = self.base.get_output_embeddings()
         if type(head) is not nn.Linear:
-            raise ValueError(f"the output head must be a plain linear layer, got {type(head).__name__}: take it out of --target_modules")
+            raise ValueError(
+                f"the output head must be a plain linear layer, got {type(head).__name__}: take it out of --target_modules"
+            )
         head.__class__ = Head
 
     @property
@@ -143,7 +145,9 @@ class Policy(nn.Module):
             hidden, place = out.last_hidden_state[rows, columns], rows * shape[1] + columns
         if not self.balance:
             return hidden, None
-        return hidden, load_balance([router[place] for router in out.router_logits], batch, self.config.num_experts_per_tok)
+        return hidden, load_balance(
+            [router[place] for router in out.router_logits], batch, self.config.num_experts_per_tok
+        )
 
 
 def load_balance(router_logits: list[Tensor], batch: Batch, top_k: int) -> Tensor:
@@ -169,7 +173,8 @@ def load_balance(router_logits: list[Tensor], batch: Batch, top_k: int) -> Tenso
         probabilities = logits.float().softmax(-1)
         chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k).indices, 1.0 / top_k)
         used, wanted = (
-            torch.zeros(batch.num_samples, logits.shape[1], device=logits.device).index_add(0, batch.sample_of_token, x) / lengths
+            torch.zeros(batch.num_samples, logits.shape[1], device=logits.device).index_add(0, batch.sample_of_token, x)
+            / lengths
             for x in (chosen, probabilities)
         )
         total = total + logits.shape[1] * (used * wanted).sum(1)
@@ -193,7 +198,10 @@ def check_policy(policy: Callable[..., Any], vocab_size: int, device: torch.devi
     batch = Batch(ids, places, torch.tensor([0, 7, 12], dtype=torch.int32), places.nonzero()[:, 0], lengths).to(device)
     ours = policy("token_logps", batch)
     apart = [
-        policy("full_logits", sample.to(device))[:-1].float().log_softmax(-1).gather(1, sample[1:, None].to(device))[:, 0]
+        policy("full_logits", sample.to(device))[:-1]
+        .float()
+        .log_softmax(-1)
+        .gather(1, sample[1:, None].to(device))[:, 0]
         for sample in (first, second)
     ]
     difference = (ours - torch.cat(apart)).abs().max().item()

@@ -1,0 +1,42 @@
+# Every command of the repository. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help install format lint types test isolated docs bench ci
+
+PACKAGES := rlhf-losses rlhf-data rlhf-core rlhf-infer rlhf-ray rlhf-cli
+
+help:  ## List the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install:  ## Create the environment: all packages, CPU engines, test tools
+	uv sync
+
+format:  ## Rewrite the code in the house style
+	uv run ruff format packages tests examples docs benchmarks
+	uv run ruff check --fix packages tests examples docs benchmarks
+
+lint:  ## Check style and the usual mistakes
+	uv run ruff check packages tests examples docs benchmarks
+	uv run ruff format --check packages tests examples docs benchmarks
+
+types:  ## Check types
+	uv run pyright packages/*/src
+
+test:  ## Run all tests
+	uv run pytest
+
+isolated:  ## Run each package's tests with only its declared dependencies
+	@set -e; for package in $(PACKAGES); do \
+		echo "== $$package"; \
+		uv run --isolated --no-default-groups --package $$package --with pytest --with pytest-timeout \
+			pytest packages/$$package/tests; \
+	done
+
+docs:  ## Regenerate docs/cli.md from the options
+	uv run python docs/generate_cli.py
+
+bench:  ## Measure training beside TRL, and the losses beside full logits
+	uv run --group bench python benchmarks/sft.py
+	uv run python benchmarks/losses.py
+
+ci:  ## What CI runs
+	.ci/run
