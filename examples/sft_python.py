@@ -1,7 +1,7 @@
 """Supervised fine-tuning from Python: the same options, the same code path as `rlhf train sft`.
 
-    uv run rlhf quickstart        # once: makes the model and the questions
-    uv run python examples/sft_python.py
+uv run rlhf quickstart        # once: makes the model and the questions
+uv run python examples/sft_python.py
 """
 
 from __future__ import annotations

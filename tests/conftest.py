@@ -135,7 +135,11 @@ def start(tmp_path: Path):
     started: list[subprocess.Popen[str]] = []
 
     def run(command: list[str], **environment: str) -> subprocess.Popen[str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "LOCAL_", "GROUP_"))}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("TORCHELASTIC", "LOCAL_", "GROUP_"))
+        }
         process = subprocess.Popen(
             command, cwd=tmp_path, env=inherited | {"PYTHONFAULTHANDLER": "1"} | environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,

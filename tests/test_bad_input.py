@@ -102,25 +102,76 @@ OPTIONS = [
     case("save every zero steps", {"save_steps": 0}, "--save_steps", "1 or more", "-1", "got '0'"),
     case("evaluate every zero steps", {"eval_steps": 0}, "--eval_steps", "1 or more", "-1", "got '0'"),
     case("log every zero steps", {"logging_steps": 0}, "--logging_steps", "1", "got '0'"),
-    case("template without a place", {"input_template": "User:"}, "--input_template", "exactly once", "'User:'", 'give "" to'),
+    case(
+        "template without a place",
+        {"input_template": "User:"},
+        "--input_template",
+        "exactly once",
+        "'User:'",
+        'give "" to',
+    ),
     case("template with two places", {"input_template": "{} {}"}, "--input_template", "exactly once", "'{} {}'"),
-    case("batch that does not divide", {"train_batch_size": 10}, "--train_batch_size 10", "--micro_train_batch_size 4", "8 or 12"),
-    case("batch below its part", {"train_batch_size": 3}, "--train_batch_size 3", "--micro_train_batch_size 4", "nearest that is: 4"),
+    case(
+        "batch that does not divide",
+        {"train_batch_size": 10},
+        "--train_batch_size 10",
+        "--micro_train_batch_size 4",
+        "8 or 12",
+    ),
+    case(
+        "batch below its part",
+        {"train_batch_size": 3},
+        "--train_batch_size 3",
+        "--micro_train_batch_size 4",
+        "nearest that is: 4",
+    ),
     case("4 bits and nothing to train", {"load_in_4bit": True}, "--load_in_4bit", "set --lora_rank"),
-    case("4 bits split", {"load_in_4bit": True, "lora_rank": 4, "zero_stage": 3}, "--load_in_4bit", "use --zero_stage 2"),
-    case("offload without sharding", {"adam_offload": True, "zero_stage": 0}, "--adam_offload", "set --zero_stage 1, 2 or 3"),
+    case(
+        "4 bits split", {"load_in_4bit": True, "lora_rank": 4, "zero_stage": 3}, "--load_in_4bit", "use --zero_stage 2"
+    ),
+    case(
+        "offload without sharding",
+        {"adam_offload": True, "zero_stage": 0},
+        "--adam_offload",
+        "set --zero_stage 1, 2 or 3",
+    ),
     case("zpg below stage 3", {"zpg": 2}, "--zpg 2", "--zero_stage 3"),
-    case("overlap without sharding", {"overlap_comm": True, "zero_stage": 0}, "--overlap_comm", "set --zero_stage 1, 2 or 3"),
+    case(
+        "overlap without sharding",
+        {"overlap_comm": True, "zero_stage": 0},
+        "--overlap_comm",
+        "set --zero_stage 1, 2 or 3",
+    ),
     case("node past the last", {"num_nodes": 2, "node_rank": 2}, "--node_rank 2", "--num_nodes 2", "from 0"),
-    case("plain text as chat", {"pretrain_mode": True, "apply_chat_template": True}, "--pretrain_mode", "--apply_chat_template"),
+    case(
+        "plain text as chat",
+        {"pretrain_mode": True, "apply_chat_template": True},
+        "--pretrain_mode",
+        "--apply_chat_template",
+    ),
     case("turns without a chat", {"multiturn": True}, "--multiturn", "--apply_chat_template"),
     case("row below its samples", {"packing_tokens": 64}, "--packing_tokens 64", "--max_len 96"),
     case("no room for a target", {"max_len": 1}, "--max_len 1", "at least 2"),
-    case("modules that are not there", {"lora_rank": 4, "target_modules": "q_prj"}, "--target_modules q_prj", "q_proj", "down_proj"),
+    case(
+        "modules that are not there",
+        {"lora_rank": 4, "target_modules": "q_prj"},
+        "--target_modules q_prj",
+        "q_proj",
+        "down_proj",
+    ),
     case("experts of a dense model", {"aux_loss_coef": 0.01}, "--aux_loss_coef 0.01", "llama", "leave it out"),
-    case("save path under a file", lambda b: {"save_path": b.file("taken", "") / "out"}, "--save_path", "taken is a file"),
-    case("checkpoint path that is a file", lambda b: {"ckpt_path": b.file("taken", "")}, "--ckpt_path", "taken is a file"),
-    case("save path that cannot be written", {"save_path": "/proc/nowhere/out"}, "--save_path /proc/nowhere/out", "cannot write to /proc"),
+    case(
+        "save path under a file", lambda b: {"save_path": b.file("taken", "") / "out"}, "--save_path", "taken is a file"
+    ),
+    case(
+        "checkpoint path that is a file", lambda b: {"ckpt_path": b.file("taken", "")}, "--ckpt_path", "taken is a file"
+    ),
+    case(
+        "save path that cannot be written",
+        {"save_path": "/proc/nowhere/out"},
+        "--save_path /proc/nowhere/out",
+        "cannot write to /proc",
+    ),
 ]
 
 YAML = [
@@ -157,11 +208,17 @@ def test_an_option_file_that_is_not_there_is_refused(sft, rlhf, tmp_path):
 def test_every_problem_of_a_command_line_is_named_at_once(sft, rlhf):
     answer = rlhf(sft(pretrain=None, max_epochs=0, save_steps=0))
     assert answer.code == 2
-    assert [line.split()[1].rstrip(":") for line in answer.err.splitlines()] == ["--pretrain", "--max_epochs", "--save_steps"]
+    assert [line.split()[1].rstrip(":") for line in answer.err.splitlines()] == [
+        "--pretrain",
+        "--max_epochs",
+        "--save_steps",
+    ]
 
 
 def test_flags_win_over_the_option_file(bench, sft, rlhf):
-    answer = rlhf(sft("--dry_run", config=bench.file("run.yaml", "train_batch_size: 7\nmax_epochs: 3\n"), max_epochs=None))
+    answer = rlhf(
+        sft("--dry_run", config=bench.file("run.yaml", "train_batch_size: 7\nmax_epochs: 3\n"), max_epochs=None)
+    )
     assert answer.code == 0, answer.err
     assert "3 epoch(s)" in answer.out and "8 samples =" in answer.out
 
@@ -170,43 +227,182 @@ GOOD = {"question": "Say red", "response": "red"}
 CHAT = {"input_key": "messages", "output_key": None, "apply_chat_template": True}
 
 DATA = [
-    case("malformed line", lambda b: {"dataset": b.file("d.jsonl", json.dumps(GOOD) + '\n{"question": "Say\n')}, "d.jsonl:2", "not valid JSON"),
-    case("line that is no object", lambda b: {"dataset": b.file("d.jsonl", "[1, 2]\n")}, "d.jsonl:1", "object", "[1, 2]"),
-    case("not UTF-8", lambda b: {"dataset": b.file("d.jsonl", b'{"question": "\xe9"}\n')}, "d.jsonl:1", "UTF-8", "0xe9"),
+    case(
+        "malformed line",
+        lambda b: {"dataset": b.file("d.jsonl", json.dumps(GOOD) + '\n{"question": "Say\n')},
+        "d.jsonl:2",
+        "not valid JSON",
+    ),
+    case(
+        "line that is no object", lambda b: {"dataset": b.file("d.jsonl", "[1, 2]\n")}, "d.jsonl:1", "object", "[1, 2]"
+    ),
+    case(
+        "not UTF-8", lambda b: {"dataset": b.file("d.jsonl", b'{"question": "\xe9"}\n')}, "d.jsonl:1", "UTF-8", "0xe9"
+    ),
     case("empty file", lambda b: {"dataset": b.file("d.jsonl", "")}, "d.jsonl is empty"),
     case("empty array", lambda b: {"dataset": b.file("d.json", "[]")}, "d.json is empty"),
-    case("malformed array", lambda b: {"dataset": b.file("d.json", '[\n{"question": 1\n]')}, "d.json:3", "not valid JSON"),
-    case("csv with a value too many", lambda b: {"dataset": b.file("d.csv", "question,response\na,b,c\n")}, "d.csv:2", "2 columns"),
-    case("parquet that is none", lambda b: {"dataset": b.file("d.parquet", b"PAR1 and then nothing")}, "d.parquet", "cannot be read"),
-    case("missing key", {"input_key": "qestion"}, "train.jsonl:1", "--input_key qestion", "`question`, `response`", "did you mean `question`?"),
+    case(
+        "malformed array", lambda b: {"dataset": b.file("d.json", '[\n{"question": 1\n]')}, "d.json:3", "not valid JSON"
+    ),
+    case(
+        "csv with a value too many",
+        lambda b: {"dataset": b.file("d.csv", "question,response\na,b,c\n")},
+        "d.csv:2",
+        "2 columns",
+    ),
+    case(
+        "parquet that is none",
+        lambda b: {"dataset": b.file("d.parquet", b"PAR1 and then nothing")},
+        "d.parquet",
+        "cannot be read",
+    ),
+    case(
+        "missing key",
+        {"input_key": "qestion"},
+        "train.jsonl:1",
+        "--input_key qestion",
+        "`question`, `response`",
+        "did you mean `question`?",
+    ),
     case("missing response key", {"output_key": "answer"}, "--output_key answer", "`question`, `response`"),
     case("key of the text alone", {"output_key": None}, "--input_key question", "--output_key", "--pretrain_mode"),
-    case("columns that say nothing", lambda b: {"dataset": b.rows({"a": "x", "b": "y"}), "input_key": None, "output_key": None}, "`a`, `b`", "--input_key"),
-    case("null prompts", lambda b: {"dataset": b.rows(*[GOOD | {"question": None}] * 3)}, "none of 3 rows", "`question` is null", "rows.jsonl:1"),
-    case("numbers for text", lambda b: {"dataset": b.rows(*[GOOD | {"response": 3.5}] * 3)}, "none of 3 rows", "`response` is a number"),
-    case("empty responses", lambda b: {"dataset": b.rows(*[GOOD | {"response": " "}] * 3)}, "none of 3 rows", "`response` is empty"),
-    case("empty list of messages", lambda b: CHAT | {"dataset": b.rows({"messages": []})}, "`messages` is an empty list", "rows.jsonl:1"),
-    case("messages without a role", lambda b: CHAT | {"dataset": b.rows({"messages": [{"content": "a"}]})}, "a message of `messages` has no role"),
-    case("messages that are no objects", lambda b: CHAT | {"dataset": b.rows({"messages": ["a"]})}, "`messages` has text among its messages"),
-    case("messages without a reply", lambda b: CHAT | {"dataset": b.rows({"messages": [{"role": "user", "content": "a"}]})}, "no assistant turn"),
-    case("chat rows without a template", lambda b: CHAT | {"apply_chat_template": None, "dataset": b.rows({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})}, "rows.jsonl:1", "give --apply_chat_template"),
-    case("tokenizer without a chat template", lambda b: {"apply_chat_template": True, "pretrain": b.copy(without=("chat_template.jinja",))}, "no chat template", "--tokenizer_chat_template"),
-    case("chat template with a mistake", {"apply_chat_template": True, "tokenizer_chat_template": "{% for %}"}, "not valid Jinja", "line 1"),
-    case("chat template that is nowhere", {"tokenizer_chat_template": "nowhere.jinja"}, "--tokenizer_chat_template 'nowhere.jinja'", "file"),
+    case(
+        "columns that say nothing",
+        lambda b: {"dataset": b.rows({"a": "x", "b": "y"}), "input_key": None, "output_key": None},
+        "`a`, `b`",
+        "--input_key",
+    ),
+    case(
+        "null prompts",
+        lambda b: {"dataset": b.rows(*[GOOD | {"question": None}] * 3)},
+        "none of 3 rows",
+        "`question` is null",
+        "rows.jsonl:1",
+    ),
+    case(
+        "numbers for text",
+        lambda b: {"dataset": b.rows(*[GOOD | {"response": 3.5}] * 3)},
+        "none of 3 rows",
+        "`response` is a number",
+    ),
+    case(
+        "empty responses",
+        lambda b: {"dataset": b.rows(*[GOOD | {"response": " "}] * 3)},
+        "none of 3 rows",
+        "`response` is empty",
+    ),
+    case(
+        "empty list of messages",
+        lambda b: CHAT | {"dataset": b.rows({"messages": []})},
+        "`messages` is an empty list",
+        "rows.jsonl:1",
+    ),
+    case(
+        "messages without a role",
+        lambda b: CHAT | {"dataset": b.rows({"messages": [{"content": "a"}]})},
+        "a message of `messages` has no role",
+    ),
+    case(
+        "messages that are no objects",
+        lambda b: CHAT | {"dataset": b.rows({"messages": ["a"]})},
+        "`messages` has text among its messages",
+    ),
+    case(
+        "messages without a reply",
+        lambda b: CHAT | {"dataset": b.rows({"messages": [{"role": "user", "content": "a"}]})},
+        "no assistant turn",
+    ),
+    case(
+        "chat rows without a template",
+        lambda b: (
+            CHAT
+            | {
+                "apply_chat_template": None,
+                "dataset": b.rows(
+                    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+                ),
+            }
+        ),
+        "rows.jsonl:1",
+        "give --apply_chat_template",
+    ),
+    case(
+        "tokenizer without a chat template",
+        lambda b: {"apply_chat_template": True, "pretrain": b.copy(without=("chat_template.jinja",))},
+        "no chat template",
+        "--tokenizer_chat_template",
+    ),
+    case(
+        "chat template with a mistake",
+        {"apply_chat_template": True, "tokenizer_chat_template": "{% for %}"},
+        "not valid Jinja",
+        "line 1",
+    ),
+    case(
+        "chat template that is nowhere",
+        {"tokenizer_chat_template": "nowhere.jinja"},
+        "--tokenizer_chat_template 'nowhere.jinja'",
+        "file",
+    ),
     case("unknown split", {"train_split": "trian"}, "no split `trian`", "its splits: train"),
-    case("misspelt file", lambda b: {"dataset": b.rows(GOOD).with_name("row.jsonl")}, "row.jsonl does not exist", "did you mean", "rows.jsonl?"),
+    case(
+        "misspelt file",
+        lambda b: {"dataset": b.rows(GOOD).with_name("row.jsonl")},
+        "row.jsonl does not exist",
+        "did you mean",
+        "rows.jsonl?",
+    ),
     case("file in no folder", lambda b: {"dataset": b.tmp / "nowhere/rows.jsonl"}, "does not exist", "no folder"),
-    case("file of another type", lambda b: {"dataset": b.file("rows.txt", "x")}, "rows.txt", ".jsonl, .json, .csv, .parquet"),
+    case(
+        "file of another type",
+        lambda b: {"dataset": b.file("rows.txt", "x")},
+        "rows.txt",
+        ".jsonl, .json, .csv, .parquet",
+    ),
     case("folder without data", lambda b: {"dataset": b.tmp}, "holds no data files", ".jsonl"),
-    case("data set script", lambda b: {"dataset": b.file("load.py", "raise SystemExit(0)")}, "load.py", "scripts are not run"),
-    case("name that is empty", lambda b: {"dataset": f"{b.rows(GOOD)},"}, "--dataset", "empty data set", "single commas"),
-    case("one probability for two", lambda b: {"dataset": f"{b.rows(GOOD)},{b.rows(GOOD)}", "dataset_probs": "1.0"}, "--dataset_probs 1.0", "1 probabilities for 2 data sets"),
+    case(
+        "data set script",
+        lambda b: {"dataset": b.file("load.py", "raise SystemExit(0)")},
+        "load.py",
+        "scripts are not run",
+    ),
+    case(
+        "name that is empty", lambda b: {"dataset": f"{b.rows(GOOD)},"}, "--dataset", "empty data set", "single commas"
+    ),
+    case(
+        "one probability for two",
+        lambda b: {"dataset": f"{b.rows(GOOD)},{b.rows(GOOD)}", "dataset_probs": "1.0"},
+        "--dataset_probs 1.0",
+        "1 probabilities for 2 data sets",
+    ),
     case("probabilities in words", {"dataset_probs": "half"}, "--dataset_probs 'half'", "such as 0.7,0.3"),
-    case("negative probability", lambda b: {"dataset": f"{b.rows(GOOD)},{b.rows(GOOD)}", "dataset_probs": "-0.5,1.5"}, "--dataset_probs -0.5,1.5", "from 0 to 1"),
-    case("probabilities of nothing", lambda b: {"dataset": f"{b.rows(GOOD)},{b.rows(GOOD)}", "dataset_probs": "0.2,0.2"}, "sums to 0.4", "must sum to 1"),
+    case(
+        "negative probability",
+        lambda b: {"dataset": f"{b.rows(GOOD)},{b.rows(GOOD)}", "dataset_probs": "-0.5,1.5"},
+        "--dataset_probs -0.5,1.5",
+        "from 0 to 1",
+    ),
+    case(
+        "probabilities of nothing",
+        lambda b: {"dataset": f"{b.rows(GOOD)},{b.rows(GOOD)}", "dataset_probs": "0.2,0.2"},
+        "sums to 0.4",
+        "must sum to 1",
+    ),
     case("prompts longer than the limit", {"max_len": 5}, "none of 26 rows", "prompt longer than --max_len"),
-    case("samples longer than the model", lambda b: {"dataset": b.rows(*[GOOD | {"response": "red " * 300}] * 3), "max_len": 512}, "322 tokens", "takes 128", "set --max_len 128 or less"),
-    case("a dropped row when none may be", lambda b: {"dataset": b.rows(GOOD, GOOD | {"response": None}), "strict_data": True}, "rows.jsonl:2", "`response` is null", "--strict_data"),
+    case(
+        "samples longer than the model",
+        lambda b: {"dataset": b.rows(*[GOOD | {"response": "red " * 300}] * 3), "max_len": 512},
+        "322 tokens",
+        "takes 128",
+        "set --max_len 128 or less",
+    ),
+    case(
+        "a dropped row when none may be",
+        lambda b: {"dataset": b.rows(GOOD, GOOD | {"response": None}), "strict_data": True},
+        "rows.jsonl:2",
+        "`response` is null",
+        "--strict_data",
+    ),
     case("cache that cannot be written", {"data_cache_dir": "/proc/nowhere"}, "/proc/nowhere", "--data_cache_dir"),
 ]
 
@@ -337,7 +533,10 @@ def test_a_tokenizer_without_a_pad_token_is_as_good_as_any(tiny, sft, rlhf, tmp_
 
 @pytest.mark.loads_weights
 def test_weights_that_do_not_fit_their_config_are_refused(model, sft, rlhf, tmp_path):
-    refused(rlhf(sft(pretrain=model(config={"intermediate_size": 64}))), (str(tmp_path / "model"), "mlp.down_proj.weight is [64, 192] in the files and [64, 64]"))
+    refused(
+        rlhf(sft(pretrain=model(config={"intermediate_size": 64}))),
+        (str(tmp_path / "model"), "mlp.down_proj.weight is [64, 192] in the files and [64, 64]"),
+    )
     no_model_in(tmp_path / "out")
 
 
@@ -380,5 +579,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(options, start, finish,
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: popen(*a, **k, preexec_fn=small_files))
     answer = finish(start([sys.executable, "-m", "rlhf_cli", *sft(**options)]), 120)
-    refused(answer, (str(tmp_path / "out"), "could not be written", "checkpoint" if options else "File too large"), code=1)
+    refused(
+        answer, (str(tmp_path / "out"), "could not be written", "checkpoint" if options else "File too large"), code=1
+    )
     no_model_in(tmp_path / "out")

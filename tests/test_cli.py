@@ -27,12 +27,18 @@ print("heavy:", *sorted(set({HEAVY}) & sys.modules.keys()))
 
 def imported_by(*arguments: str, first: str = "") -> tuple[str, list[str]]:
     """What a command printed, and which heavy modules it had imported by its end."""
-    ran = subprocess.run([sys.executable, "-c", first + SHOW_HEAVY, *arguments], capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", first + SHOW_HEAVY, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
     shown, _, heavy = ran.stdout.rpartition("heavy:")
     return shown, heavy.split()
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "sft", "--help"), ("data", "inspect", "-h"), ("quickstart", "-h"), ("--version",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("train", "sft", "--help"), ("data", "inspect", "-h"), ("quickstart", "-h"), ("--version",)],
+    ids=" ".join,
+)
 def test_help_imports_nothing_heavy(arguments):
     shown, heavy = imported_by(*arguments)
     assert "exit 0" in shown and heavy == []
@@ -80,7 +86,11 @@ def test_every_documented_option_is_accepted(line, sft, rlhf, tmp_path, monkeypa
         (["--max_samples", "1e3"], ("data", "max_samples"), 1000),
         (["--adam_betas", "0.8", "0.9"], ("optim", "adam_betas"), (0.8, 0.9)),
         (["--target_modules", "q_proj", "v_proj"], ("lora", "target_modules"), ["q_proj", "v_proj"]),
-        (["--target-modules", "q_proj", "--target_modules", "v_proj"], ("lora", "target_modules"), ["q_proj", "v_proj"]),
+        (
+            ["--target-modules", "q_proj", "--target_modules", "v_proj"],
+            ("lora", "target_modules"),
+            ["q_proj", "v_proj"],
+        ),
         (["--max_epoch", "3"], ("batch", "max_epochs"), 3),
         (["--num_gpus", "1"], ("parallel", "num_procs"), 1),
         (["--save_steps", "-1"], ("checkpoint", "save_steps"), -1),
@@ -169,14 +179,28 @@ def test_the_record_of_a_run_is_an_option_file_that_gives_the_same_run(sft, rlhf
     from rlhf_cli.options import build, read_yaml
     from rlhf_core.config import SFTConfig
 
-    first = rlhf(sft("--adam_betas", "0.8", "0.9", "--target_modules", "q_proj", "v_proj", max_samples=16, lora_rank=4, input_template="{}\\n"))
+    first = rlhf(
+        sft(
+            "--adam_betas",
+            "0.8",
+            "0.9",
+            "--target_modules",
+            "q_proj",
+            "v_proj",
+            max_samples=16,
+            lora_rank=4,
+            input_template="{}\\n",
+        )
+    )
     assert first.code == 0, first.err
     record = tmp_path / "out/run/config.json"
     config = build(SFTConfig, read_yaml(record, SFTConfig))
     assert config.model_dump(mode="json") == json.loads(record.read_text())
     again = rlhf(["train", "sft", "--config", str(record), "--save_path", str(tmp_path / "again")])
     assert again.code == 0, again.err
-    assert [row["loss"] for row in metrics(tmp_path / "again") if "loss" in row] == [row["loss"] for row in metrics(tmp_path / "out") if "loss" in row]
+    assert [row["loss"] for row in metrics(tmp_path / "again") if "loss" in row] == [
+        row["loss"] for row in metrics(tmp_path / "out") if "loss" in row
+    ]
 
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -249,7 +273,20 @@ def test_a_dry_run_plans_for_all_ranks_without_starting_them(sft, rlhf):
 
 
 def test_inspect_shows_what_training_would_see(tiny, data, rlhf):
-    answer = rlhf(["data", "inspect", "--pretrain", str(tiny), "--dataset", str(data), "--input_key", "question", "--output_key", "response"])
+    answer = rlhf(
+        [
+            "data",
+            "inspect",
+            "--pretrain",
+            str(tiny),
+            "--dataset",
+            str(data),
+            "--input_key",
+            "question",
+            "--output_key",
+            "response",
+        ]
+    )
     assert answer.code == 0, answer.err
     assert "26 of 26 rows kept" in answer.out and "⟦" in answer.out
 
@@ -257,4 +294,7 @@ def test_inspect_shows_what_training_would_see(tiny, data, rlhf):
 def test_the_module_and_the_script_are_the_same_program(program):
     script = Path(sys.executable).with_name("rlhf")
     assert script.is_file()
-    assert program(["--version"]).out == subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    assert (
+        program(["--version"]).out
+        == subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    )

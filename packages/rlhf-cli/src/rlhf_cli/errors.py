@@ -56,8 +56,12 @@ def fail(message: str, code: int) -> None:
         extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     else:
-        for line in message.splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+        say(message)
     # DeepSpeed and gloo leave threads behind that can hold up a normal exit after a failure.
     sys.stdout.flush()
     raise SystemExit(code)
+
+
+def say(message: str) -> None:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ def start_ranks(parallel: ParallelConfig, here: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `report` says it, once
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
     alone = parallel.num_nodes == 1
@@ -76,17 +78,17 @@ def start_ranks(parallel: ParallelConfig, here: int) -> None:
 
 def report(rank: int, failure: Any) -> int:
     """Show why the first failed rank failed; returns the exit code."""
-    from rlhf_cli.errors import PROGRAM, USER
+    from rlhf_cli.errors import PROGRAM, USER, say
 
     if failure.exitcode < 0:
         message = (
             f"rank {rank} was killed by signal {signal.Signals(-failure.exitcode).name}; the other ranks were ended"
         )
     elif failure.error_file_data.get("message"):
-        message = failure.message
+        message = failure.message if isinstance(failure.message, str) else failure.message["message"]
     else:
         message = f"rank {rank} ended with exit code {failure.exitcode}; the other ranks were ended"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    say(message)
     return failure.exitcode if failure.exitcode in (PROGRAM, USER) else PROGRAM
 
 

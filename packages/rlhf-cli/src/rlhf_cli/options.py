@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-import annotated_types
 import typer
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -87,22 +86,13 @@ def plain_type(annotation: Any) -> Any:
 
 def bounds(field: FieldInfo, kind: Any) -> dict[str, Any]:
     """What `--help` says of a number's range. The config checks it (and reads `1e6`, which Typer's int would not)."""
-    if get_origin(kind) is tuple:
-        return {"metavar": " ".join("X" for _ in get_args(kind))}
+    if get_origin(kind) is list:
+        return {"metavar": "NAME ..."}
     if kind not in (int, float):
         return {}
-    signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
-    parts = [
-        f"{signs[type(m)]} {next(iter(vars(m).values())) if hasattr(m, '__dict__') else value_of(m)}"
-        for m in markers(field)
-        if type(m) in signs
-    ]
-    metavar = "N" if kind is int else "X"
-    return {"parser": str, "metavar": f"{metavar} {', '.join(parts)}" if parts else metavar}
-
-
-def value_of(bound: Any) -> Any:
-    return next(getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name))
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    ranges = [f"{sign} {getattr(m, name)}" for m in markers(field) for name, sign in signs.items() if hasattr(m, name)]
+    return {"parser": str, "metavar": " ".join(["N" if kind is int else "X", ", ".join(ranges)]).strip()}
 
 
 def show(field: FieldInfo) -> str | bool:

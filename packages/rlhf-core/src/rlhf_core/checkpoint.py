@@ -38,7 +38,7 @@ class Checkpoints:
     """
 
     def __init__(self, config: CheckpointConfig, strategy: Strategy) -> None:
-        self.folder = Path(config.ckpt_path or Path(config.save_path) / "checkpoints")
+        self.folder = self.folder_of(config)
         self.config = config
         self.strategy = strategy
 
@@ -76,15 +76,21 @@ class Checkpoints:
     def prune(self) -> None:
         """Remove the oldest checkpoints over the limits, never the newest and nothing that is not one of ours."""
         kept, size = 0, 0.0
-        for path in self.all():
+        for path in self.find(self.folder):
             kept, size = kept + 1, size + sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e9
             if kept > 1 and (kept > self.config.max_ckpt_num or size > self.config.max_ckpt_mem):
                 shutil.rmtree(path)
                 shutil.rmtree(exported(path), ignore_errors=True)
 
-    def all(self) -> list[Path]:
-        """Checkpoints, newest first."""
-        found = [p for p in self.folder.glob("global_step*") if NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    @staticmethod
+    def folder_of(config: CheckpointConfig) -> Path:
+        """Where a run's checkpoints are."""
+        return Path(config.ckpt_path or Path(config.save_path) / "checkpoints")
+
+    @staticmethod
+    def find(folder: Path) -> list[Path]:
+        """Checkpoints in `folder`, newest first."""
+        found = [p for p in folder.glob("global_step*") if NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
         return sorted(found, key=lambda p: -int(NAME.fullmatch(p.name)[1]))  # type: ignore[index]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -96,7 +102,7 @@ class Checkpoints:
 
         def choose() -> tuple[list[str], Path | None]:
             notes = []
-            for path in self.all():
+            for path in self.find(self.folder):
                 if not (problem := damage(path)):
                     return notes, path
                 notes.append(f"warning: {path} is damaged ({problem}); trying the one before")

@@ -257,6 +257,15 @@ class TrainConfig(Config):
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
+    def _gradients_add_up_in_a_format_that_can(self) -> TrainConfig:
+        own, wanted = "bf16" if self.model.bf16 else "fp32", self.parallel.grad_accum_dtype
+        if self.parallel.zero_stage == 0 and wanted not in (None, own):
+            raise ValueError(
+                f"--grad_accum_dtype {wanted} with {own} weights needs DeepSpeed's sharded optimizer: set --zero_stage 1, 2 or 3"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _four_bits_are_not_sharded(self) -> TrainConfig:
         if self.lora.load_in_4bit and self.parallel.zero_stage == 3:
             raise ValueError("--load_in_4bit weights cannot be split by --zero_stage 3: use --zero_stage 2 (or 0, 1)")

@@ -5,32 +5,22 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_core.checkpoint import Checkpoints
 from rlhf_core.config import TrainConfig
+from rlhf_core.memory import Memory, available_memory, count_parameters, estimate_memory
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError
+from rlhf_data.sampler import Order
 
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated memory of one rank by component, in bytes. Activations are the roughest part."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    head: float
-    offloaded: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+SURVEYED = 20
+"""Optimizer steps whose micro-batches are laid out to say how full they are."""
 
 
 @dataclass(frozen=True)
@@ -44,46 +34,40 @@ class Plan:
     targets: int
     steps_per_epoch: int
     total_steps: int
+    layout: str
+    """How the model call lays samples out: `packed`, `ragged` (nothing padded) or `padded`."""
     micro_batches_per_step: int
+    """Of one rank, at most, in the first steps."""
     largest_micro_batch: int
+    """Tokens of the largest micro-batch there can be."""
     utilisation: float
+    """Share of real tokens in the room of padded or packed rows, over the first steps."""
     parameters: int
     trained_parameters: int
     memory: Memory
+    available_memory: float
     writes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def _layout(self, config: TrainConfig) -> str:
-        if getattr(config.data, "packing_samples", False):
-            return f", rows filled to {self.utilisation:.0%}"
-        return (
-            ", nothing padded"
-            if config.model.flash_attn
-            else f", {self.utilisation:.0%} of them real, the rest padding"
-        )
-
     def format(self, config: TrainConfig) -> str:
         """The plan as a person reads it."""
-        batch, parallel, memory = config.batch, config.parallel, self.memory
-        parts = ("weights", "gradients", "optimizer", "activations", "head")
-        offloaded = f", and {memory.offloaded / GB:.2f} GB on the host" if memory.offloaded else ""
-        return "\n".join(
-            (
-                "Plan",
-                f"  data        {self.samples} samples, {self.tokens} tokens, {self.targets} trained; {self.eval_samples} samples held out",
-                f"  step        {batch.train_batch_size} samples = {self.world_size} rank(s) x {self.micro_batches_per_step} micro-batch(es), "
-                f"at most {self.largest_micro_batch} tokens each{self._layout(config)}",
-                f"  run         {batch.max_epochs} epoch(s) x {self.steps_per_epoch} steps = {self.total_steps} optimizer steps",
-                f"  model       {self.parameters / 1e6:.2f} M parameters, {self.trained_parameters / 1e6:.2f} M trained, "
-                f"{'bfloat16' if config.model.bf16 else 'float32'}, ZeRO stage {parallel.zero_stage}",
-                f"  memory      about {memory.total / GB:.2f} GB per rank ("
-                + ", ".join(f"{name} {getattr(memory, name) / GB:.2f}" for name in parts)
-                + f"){offloaded}",
-                "  writes      " + "\n              ".join(self.writes),
-            )
-        )
+        batch = config.batch
+        filled = {"packed": f"rows filled to {self.utilisation:.0%}", "ragged": "nothing padded"}
+        lines = {
+            "data": f"{self.samples:,} samples, {self.tokens:,} tokens, {self.targets:,} trained; "
+            f"{self.eval_samples:,} samples held out",
+            "step": f"{batch.train_batch_size} samples = {self.world_size} rank(s) x {self.micro_batches_per_step} "
+            f"micro-batch(es) of at most {self.largest_micro_batch:,} tokens, "
+            + filled.get(self.layout, f"{self.utilisation:.0%} of them real, the rest padding"),
+            "run": f"{batch.max_epochs} epoch(s) x {self.steps_per_epoch:,} steps = {self.total_steps:,} optimizer steps",
+            "model": f"{self.parameters / 1e6:.2f} M parameters, {self.trained_parameters / 1e6:.2f} M trained, "
+            f"{'bfloat16' if config.model.bf16 else 'float32'}, ZeRO stage {config.parallel.zero_stage}",
+            "memory": self.memory.format(self.available_memory),
+            "writes": "\n              ".join(self.writes),
+        }
+        return "\n".join(["Plan", *(f"  {name:12}{text}" for name, text in lines.items())])
 
 
 def make_plan(
@@ -100,40 +84,79 @@ def make_plan(
         budget: tokens of a packed row, or None for padding.
 
     Raises:
-        InputError: batch sizes do not divide, a folder cannot be written, or a sample is longer than the model's context.
+        InputError: a sample is longer than the model's context, or modules to adapt do not exist.
     """
-    check_batches(config, world_size)
-    check_context(config, model_config, int(train.lengths.max()))
-    check_writable(config)
-    batch = config.batch
-    steps = math.ceil(len(train) / batch.train_batch_size)
-    window = np.asarray(train.lengths[: batch.train_batch_size])
-    rows = plan_micro_batches(window, world_size, batch.micro_train_batch_size, budget)
-    ragged = budget is not None or config.model.flash_attn
-    sizes = [window[row].sum() if ragged else len(row) * window[row].max() for rank in rows for row in rank if len(row)]
-    room = (
-        budget * len(sizes)
-        if budget
-        else sum(len(row) * window[row].max() for rank in rows for row in rank if len(row))
-    )
+    check_context(config, model_config, max(int(d.lengths.max()) for d in (train, evaluation) if d is not None))
+    steps = math.ceil(len(train) / config.batch.train_batch_size)
+    layout = "packed" if budget else "ragged" if config.model.flash_attn else "padded"
+    micro_batches, utilisation = survey(config, train, world_size, budget)
+    largest = largest_micro_batch(train.lengths, config.batch.micro_train_batch_size, layout, budget)
     total, trained = count_parameters(config, model_config)
-    largest = int(max(sizes))
     return Plan(
         world_size=world_size,
         samples=len(train),
-        eval_samples=len(evaluation) if evaluation is not None else 0,
+        eval_samples=0 if evaluation is None else len(evaluation),
         tokens=int(train.lengths.sum()),
         targets=int(train.num_targets.sum()),
         steps_per_epoch=steps,
-        total_steps=steps * batch.max_epochs,
-        micro_batches_per_step=max(len(rank) for rank in rows),
+        total_steps=steps * config.batch.max_epochs,
+        layout=layout,
+        micro_batches_per_step=micro_batches,
         largest_micro_batch=largest,
-        utilisation=float(window.sum() / room),
+        utilisation=utilisation,
         parameters=total,
         trained_parameters=trained,
         memory=estimate_memory(config, model_config.get_text_config(), total, trained, largest, world_size),
+        available_memory=available_memory(),
         writes=writes(config),
     )
+
+
+def survey(config: TrainConfig, train: Any, world_size: int, budget: int | None) -> tuple[int, float]:
+    """Lay out the first steps: the most micro-batches of a rank, and the share of real tokens in the rows' room."""
+    batch, most, tokens, room = config.batch, 0, 0, 0
+    for window, _ in islice(Order(len(train), batch.seed).windows(batch.train_batch_size), SURVEYED):
+        lengths = np.asarray(train.lengths[window])
+        ranks = plan_micro_batches(lengths, world_size, batch.micro_train_batch_size, budget)
+        most = max(most, len(ranks[0]))
+        tokens += int(lengths.sum())
+        room += sum(budget or len(row) * int(lengths[row].max()) for rank in ranks for row in rank if len(row))
+    return most, tokens / room
+
+
+def largest_micro_batch(lengths: np.ndarray, micro_batch_size: int, layout: str, budget: int | None) -> int:
+    """Tokens of the worst micro-batch that the data allows, padding included."""
+    longest = np.sort(lengths)[-micro_batch_size:]
+    return (
+        min(budget, int(lengths.sum()))
+        if budget
+        else int(longest.sum() if layout == "ragged" else len(longest) * longest[-1])
+    )
+
+
+def check_run(config: TrainConfig, world_size: int) -> None:
+    """Check what needs neither data nor model: batch sizes, ranks, folders.
+
+    Raises:
+        InputError: naming the option, the value and the way out.
+    """
+    check_batches(config, world_size)
+    check_writable(config)
+    zpg = config.parallel.zpg
+    if world_size % zpg:
+        raise InputError(
+            f"--zpg {zpg} does not divide the {world_size} rank(s) of the run; usually it is the GPUs of a node"
+        )
+    saving = config.checkpoint
+    if (
+        saving.save_steps > 0
+        and not saving.load_checkpoint
+        and (old := Checkpoints.find(Checkpoints.folder_of(saving)))
+    ):
+        raise InputError(
+            f"{old[0].parent} holds checkpoints of an earlier run ({old[0].name}): continue it with --load_checkpoint, "
+            "remove them, or choose another --ckpt_path"
+        )
 
 
 def check_batches(config: TrainConfig, world_size: int) -> None:
@@ -177,64 +200,6 @@ def check_writable(config: TrainConfig) -> None:
             probe.unlink()
         except OSError as error:
             raise InputError(f"{option} {name}: cannot write to {there} ({error.strerror})") from error
-
-
-def count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:
-    """All and trained parameters, from the architecture alone (no weights, no memory)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--pretrain {config.model.pretrain} ({model_config.model_type}) is no causal language model: {reason}"
-        ) from error
-    total = sum(p.numel() for p in model.parameters())
-    lora = config.lora
-    if not lora.lora_rank:
-        return total, total
-    names = None if lora.target_modules == ["all-linear"] else tuple(lora.target_modules)
-    head = model.get_output_embeddings()
-    linear = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and (names is None or name.endswith(names))
-    ]
-    if not linear:
-        raise InputError(
-            f"--target_modules {' '.join(lora.target_modules)}: no module of {config.model.pretrain} has that name; "
-            f"it has {', '.join(sorted({name.rsplit('.', 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}))}"
-        )
-    added = sum(lora.lora_rank * (module.in_features + module.out_features) for module in linear)
-    return total + added, added
-
-
-def estimate_memory(config: TrainConfig, text: Any, total: int, trained: int, tokens: int, world_size: int) -> Memory:
-    """Memory of one rank, by the arithmetic of ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) and of a transformer layer.
-
-    Activations: about 17 values per token, layer and hidden unit without stored attention scores (Korthikanti et al.
-    2022, section 4.1, arXiv:2205.05198); with gradient checkpointing one per layer plus one layer in full.
-    """
-    stage, bf16 = config.parallel.zero_stage, config.model.bf16
-    width = 2 if bf16 else 4
-    shard = [1 / world_size if stage >= at else 1.0 for at in range(4)]
-    bytes_per_weight = 0.55 if config.lora.load_in_4bit else width
-    frozen = (total - trained) * bytes_per_weight
-    optimizer = trained * (8 + (4 if bf16 else 0)) * shard[1]
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    per_layer = 17 * hidden * width
-    kept = layers * hidden * width + per_layer if config.model.gradient_checkpointing else layers * per_layer
-    return Memory(
-        weights=(frozen + trained * width) * shard[3],
-        gradients=trained * 4.0 * shard[2],
-        optimizer=0.0 if config.parallel.adam_offload else optimizer,
-        activations=float(tokens * kept),
-        head=32e6 + (0.0 if config.lora.lora_rank else 4.0 * text.vocab_size * hidden),
-        offloaded=optimizer if config.parallel.adam_offload else 0.0,
-    )
 
 
 def writes(config: TrainConfig) -> tuple[str, ...]:

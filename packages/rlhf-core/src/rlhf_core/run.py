@@ -22,18 +22,17 @@ def run(
         world_size: ranks of the run, for a dry run (a real one knows).
     """
     from rlhf_core.models.load import load_model_config
-    from rlhf_core.plan import check_batches, check_writable, make_plan
+    from rlhf_core.plan import check_run, make_plan
     from rlhf_data.tokenizer import load_tokenizer
 
     settle()
-    check_writable(config)
     strategy = None
     if not dry_run:
         from rlhf_core.strategy import Strategy
 
         strategy = Strategy(config)
         world_size = strategy.world_size
-    check_batches(config, world_size)
+    check_run(config, world_size)
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(
         config.model.pretrain,

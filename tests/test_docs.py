@@ -1,0 +1,150 @@
+"""What the pages say is so: options, links, file trees, metric keys."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = sorted(path.name for path in (ROOT / "packages").iterdir() if (path / "pyproject.toml").is_file())
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "packages/*/*.md")
+    for path in ROOT.glob(pattern)
+    if not path.name.startswith(".")
+)
+WRITTEN = sorted(
+    [*PAGES, ROOT / "Makefile", ROOT / "pyproject.toml"]
+    + [path for folder in ("docs", "examples", "benchmarks") for path in (ROOT / folder).glob("*.*")]
+    + list((ROOT / "packages").glob("*/src/**/*.py"))
+)
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    """docs/generate_cli.py as a module."""
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_options_is_fresh(generator):
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generator.page(), "run `make docs`"
+
+
+def test_every_command_is_on_the_page_of_options(generator):
+    assert {name for name, _ in generator.commands()} == set(generator.CONFIGS)
+
+
+def test_every_option_of_every_command_has_a_help_text(generator):
+    from rlhf_cli.options import options
+
+    for command, config in generator.CONFIGS.items():
+        silent = [name for name, field, _ in options(config) if len(field.description or "") < 10]
+        assert silent == [], command
+    for command, parsed in generator.commands():
+        assert [p.name for p in parsed.params if not (p.help or "").strip()] == [], command
+
+
+def test_the_readme_names_every_package():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Files")[1]
+    assert [name for name in PACKAGES if f"{name}/" not in tree] == []
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "rlhf-losses"])
+def test_the_readme_of_a_package_names_every_module(package):
+    """The losses have a table of functions instead."""
+    readme = (ROOT / "packages" / package / "README.md").read_text(encoding="utf-8")
+    source = ROOT / "packages" / package / "src" / package.replace("-", "_")
+    modules = [path for path in source.rglob("*.py") if path.name != "__init__.py"]
+    assert [named(path) for path in modules if str(path.relative_to(source)) not in readme] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_changelog_of_a_package_has_its_version(package):
+    folder = ROOT / "packages" / package
+    (version,) = re.findall(r'^version = "(.+)"$', (folder / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert f"## [{version}]" in (folder / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_logged_metric_is_explained(tmp_path):
+    from rlhf_core.config import BatchConfig, CheckpointConfig, ModelConfig, SFTConfig
+    from rlhf_core.methods import sft
+    from rlhf_core.tiny import make_model, make_tokenizer
+    from rlhf_data.config import SFTDataConfig
+
+    rows = [{"prompt": f"count to {n}", "response": " ".join(map(str, range(n)))} for n in range(1, 21)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer([row["response"] for row in rows], tmp_path / "model", vocab_size=300)
+    make_model(tokenizer, tmp_path / "model", hidden_size=64, max_len=128)
+    sft.train(
+        SFTConfig(
+            model=ModelConfig(pretrain=str(tmp_path / "model")),
+            data=SFTDataConfig(dataset=str(tmp_path / "rows.jsonl"), max_len=128, eval_ratio=0.2),
+            batch=BatchConfig(train_batch_size=8, micro_train_batch_size=4, max_epochs=1),
+            checkpoint=CheckpointConfig(save_path=str(tmp_path / "out")),
+        )
+    )
+    lines = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = {key for line in lines for key in json.loads(line)}
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
+    assert {"loss", "eval_loss", "tokens_per_second"} <= logged <= explained
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_relative_link_leads_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), target
+        if anchor and there.suffix == ".md":
+            titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=named)
+def test_no_file_holds_a_path_of_a_machine(path):
+    found = re.findall(
+        r"(?<![\w.:/{}$~-])/(?:work|root|home|Users|mnt|tmp|data)/[\w./-]*", path.read_text(encoding="utf-8")
+    )
+    assert found == []
+
+
+def test_every_command_in_the_pages_is_one_that_exists(generator):
+    known = set(generator.CONFIGS)
+    for page in PAGES:
+        blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for words in re.findall(r"(?:^|run )(rlhf(?: [a-z]\w+)+)", "\n".join(blocks), flags=re.MULTILINE):
+            assert any(words.startswith(command) for command in known), f"{named(page)}: {words}"
+
+
+def test_every_flag_in_the_pages_is_an_option(generator):
+    """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
+    from rlhf_cli.options import markers, options
+    from rlhf_data.config import Alias
+
+    known = {"--help", "--version", "--no_"}
+    known |= {"--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
+    known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache"}
+    for config in generator.CONFIGS.values():
+        for name, field, _ in options(config):
+            known |= {f"--{name}"} | {f"--{extra.name}" for extra in markers(field) if isinstance(extra, Alias)}
+    known |= {flag for _, command in generator.commands() for p in command.params for flag in p.opts}
+    for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):
+        flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
+        assert {"--" + flag[2:].replace("-", "_") for flag in flags} - known == set(), named(page)

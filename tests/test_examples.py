@@ -1,0 +1,122 @@
+"""The examples run as they are on the quickstart's model and questions, and leave what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+MODEL = {"model.safetensors", "config.json", "tokenizer.json", "run/config.json", "run/metrics.jsonl"}
+ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run/metrics.jsonl"}
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with a small `quickstart/` in it: the model and the questions, nothing trained."""
+    from rlhf_cli.quickstart import QuickstartConfig, make_inputs
+
+    folder = tmp_path_factory.mktemp("examples")
+    make_inputs(folder / "quickstart", QuickstartConfig(rows=400))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(place, tmp_path_factory):
+    """Run a command beside `quickstart/`; it must exit with 0. Returns its standard output."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def start(*command: str, **extra: str) -> str:
+        done = subprocess.run(
+            command, cwd=place, env=environment | extra, capture_output=True, text=True, timeout=180, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return start
+
+
+def there(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_example_is_tested():
+    tested = set(re.findall(r'EXAMPLES / "([\w.]+)"', Path(__file__).read_text(encoding="utf-8")))
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
+
+
+def test_the_command_of_openrlhf_s_users_runs(run, place):
+    run("sh", str(EXAMPLES / "sft.sh"))
+    assert there(place / "quickstart/examples/sft") >= MODEL
+
+
+def test_an_example_takes_its_inputs_from_the_environment(run, place):
+    absolute = str(place / "quickstart")
+    shown = run("sh", str(EXAMPLES / "sft.sh"), "--dry_run", QUICKSTART=absolute, OUT="elsewhere")
+    assert "Plan" in shown and f"{absolute}/questions" in shown and "elsewhere" in shown
+    assert not (place / "elsewhere").exists()
+
+
+def test_two_ranks_write_checkpoints_and_continue_from_them(run, place):
+    run("sh", str(EXAMPLES / "sft_two_ranks.sh"))
+    folder = place / "quickstart/examples/sft_two_ranks"
+    assert there(folder) >= MODEL | {"checkpoints/global_step8/manifest.json"}
+    before = (folder / "run/metrics.jsonl").read_text().splitlines()
+    assert "global_step8" in run("sh", str(EXAMPLES / "sft_two_ranks.sh"), "--load_checkpoint")
+    assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == len(before)
+
+
+def test_a_file_of_options_runs(run, place):
+    run("rlhf", "train", "sft", "--config", str(EXAMPLES / "sft.yaml"))
+    assert there(place / "quickstart/examples/lora") >= ADAPTER
+
+
+def test_a_file_of_options_is_a_config():
+    from rlhf_cli.options import build, read_yaml
+    from rlhf_core.config import SFTConfig
+
+    config = build(SFTConfig, read_yaml(EXAMPLES / "sft.yaml", SFTConfig))
+    assert config.optim.learning_rate == 1e-3
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.data.dataset.startswith("./")
+
+
+def test_training_from_python_runs_and_learns(run, place):
+    shown = run(sys.executable, str(EXAMPLES / "sft_python.py"))
+    folder = place / "quickstart/examples/sft_python"
+    assert there(folder) >= MODEL
+    losses = [float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", shown)]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(2, 21, 2))
+
+
+def test_the_losses_work_in_a_loop_of_one_s_own(run):
+    source = (EXAMPLES / "losses_own_loop.py").read_text(encoding="utf-8")
+    assert re.findall(r"^(?:from|import) (rlhf_\w+)", source, flags=re.MULTILINE) == ["rlhf_losses"]
+    shown = run(sys.executable, str(EXAMPLES / "losses_own_loop.py"))
+    assert float(shown.split()[-1]) > 0.9
+
+
+@pytest.mark.parametrize(
+    "page", ["packages/rlhf-core/README.md", "packages/rlhf-infer/README.md", "packages/rlhf-ray/README.md",
+             "packages/rlhf-cli/README.md", "docs/getting-started.md"],
+)  # fmt: skip
+def test_the_python_on_a_page_runs(run, page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    run(sys.executable, "-c", "\n".join(blocks))
