@@ -49,7 +49,7 @@ def parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Paramet
         flags[0] += f"/--no_{name}"
     option = typer.Option(
         *flags,
-        help=" ".join((field.description or "").split()),
+        help=" ".join((field.description or "").split()) + (" [red]\\[required][/red]" if field.is_required() else ""),
         rich_help_panel=panel,
         show_default=show(field),
         **bounds(field, kind),
@@ -98,7 +98,7 @@ def bounds(field: FieldInfo, kind: Any) -> dict[str, Any]:
 def show(field: FieldInfo) -> str | bool:
     """The default as `--help` shows it."""
     if field.is_required():
-        return "required"
+        return False
     default = field.get_default(call_default_factory=True)
     if default is None or default is False:
         return False
