@@ -5,7 +5,7 @@
 PACKAGES := rlhf-losses rlhf-data rlhf-core rlhf-infer rlhf-ray rlhf-cli
 
 help:  ## List the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install:  ## Create the environment: all packages, CPU engines, test tools
 	uv sync

@@ -72,28 +72,24 @@ def ours(folder: Path, steps: int, zero_stage: int) -> None:
     import torch
 
     from rlhf_cli.options import build
-    from rlhf_core import fit
     from rlhf_core.config import SFTConfig
+    from rlhf_core.fit import Fit
     from rlhf_core.libraries import deepspeed
     from rlhf_core.methods import sft
 
     deepspeed()
-    plain, state = fit.train_step, {}
+    clock, plain, counted = Clock(), Fit.step, []
 
-    def train_step(method, engine, strategy, config, window, *args):
-        clock = state.setdefault("clock", Clock())
-        norm = plain(method, engine, strategy, config, window, *args)
+    def step(self: Fit, window: np.ndarray) -> float:
+        norm = plain(self, window)
         clock.mark()
         if len(clock.marks) > WARMUP:
-            state["tokens"] = state.get("tokens", 0) + int(method.train.lengths[window].sum())
-        if len(clock.marks) == WARMUP + steps:
-            clock.report(state["tokens"])
+            counted.append(int(self.method.train.lengths[window].sum()))
+        if len(counted) == steps:
+            clock.report(sum(counted))
         return norm
 
-    # memory counts from before the model is loaded
-    load = fit.fit
-    state["clock"] = Clock()
-    fit.train_step, fit.fit = train_step, load
+    Fit.step = step
     sft.train(build(SFTConfig, {
         "pretrain": str(folder), "dataset": str(folder / "data.jsonl"), "pretrain_mode": True, "max_len": 1024,
         "train_batch_size": BATCH, "micro_train_batch_size": BATCH, "packing_samples": True, "learning_rate": 1e-4,
@@ -116,7 +112,7 @@ def trl(folder: Path, steps: int) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             clock.mark()
             if state.global_step == WARMUP:
-                self.tokens = trainer._total_train_tokens if hasattr(trainer, "_total_train_tokens") else seen["tokens"]
+                self.tokens = seen["tokens"]
             if state.global_step == WARMUP + steps:
                 clock.report(seen["tokens"] - self.tokens)
 

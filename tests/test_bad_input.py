@@ -541,8 +541,12 @@ def test_weights_that_do_not_fit_their_config_are_refused(model, sft, rlhf, tmp_
 
 
 @pytest.mark.loads_weights
-def test_weights_that_lack_a_layer_are_refused(model, sft, rlhf, tmp_path):
-    refused(rlhf(sft(pretrain=model(config={"num_hidden_layers": 3}))), (str(tmp_path / "model"), "layers.2"))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_that_lack_a_layer_are_refused(stage, model, sft, rlhf, tmp_path):
+    refused(
+        rlhf(sft(pretrain=model(config={"num_hidden_layers": 3}), zero_stage=stage)),
+        (str(tmp_path / "model"), "layers.2"),
+    )
     no_model_in(tmp_path / "out")
 
 

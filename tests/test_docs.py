@@ -148,3 +148,17 @@ def test_every_flag_in_the_pages_is_an_option(generator):
     for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):
         flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
         assert {"--" + flag[2:].replace("-", "_") for flag in flags} - known == set(), named(page)
+
+
+def test_the_first_command_of_the_readme_starts_without_options(monkeypatch):
+    import sys
+
+    from rlhf_cli.main import main
+
+    started = []
+    monkeypatch.setattr("rlhf_cli.quickstart.quickstart", started.append)
+    monkeypatch.setattr(sys, "argv", ["rlhf", "quickstart"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert [config.folder for config in started] == ["quickstart"]

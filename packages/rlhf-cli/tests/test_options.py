@@ -33,7 +33,7 @@ class Car(Config):
 
     engine: Engine = Engine()
 
-    stops: list[str] = ["home"]
+    stops: list[str] = Field(default=["home"])
     """On the way."""
 
     quiet: bool = True

@@ -36,17 +36,17 @@ class Stopped(Exception):
 @pytest.fixture
 def stop_after(monkeypatch):
     """End a run in the middle of an optimizer step, as if the machine had gone."""
-    from rlhf_core import fit
+    from rlhf_core.fit import Fit
 
     def arm(step: int) -> None:
-        plain = fit.train_step
+        plain = Fit.step
 
-        def train_step(method, engine, *args):
-            if engine.global_steps == step:
+        def stopping(self, window):
+            if self.position.step > step:
                 raise Stopped
-            return plain(method, engine, *args)
+            return plain(self, window)
 
-        monkeypatch.setattr(fit, "train_step", train_step)
+        monkeypatch.setattr(Fit, "step", stopping)
 
     yield arm
 
@@ -62,7 +62,7 @@ def stop_after(monkeypatch):
     ids=str,
 )
 def test_a_continued_run_equals_the_uninterrupted_one(train, tmp_path, stop_after, monkeypatch, given):
-    given = given | {"max_epochs": 2, "save_steps": 3, "eval_steps": 2}
+    given = given | {"max_epochs": 2, "save_steps": 3, "eval_steps": 2, "logging_steps": 2}
     whole = train(save_path=str(tmp_path / "whole"), **given)
     with monkeypatch.context():
         stop_after(7)

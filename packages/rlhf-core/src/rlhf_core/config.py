@@ -67,7 +67,7 @@ class LoraConfig(Config):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter, as a probability."""
 
-    target_modules: Annotated[list[str], Field(min_length=1)] = Field(default=["all-linear"])
+    target_modules: list[str] = Field(default=["all-linear"], min_length=1)
     """Modules that get an adapter, by name; `all-linear` is every linear layer but the head."""
 
     load_in_4bit: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 from rlhf_core.batch import Batch
 from rlhf_core.checkpoint import Checkpoints, exported
 from rlhf_core.config import TrainConfig
+from rlhf_core.export import export
 from rlhf_core.metrics import Meter, Record, Sums
 from rlhf_core.plan import Plan
 from rlhf_core.progress import Display
@@ -35,6 +37,8 @@ class Method(Protocol):
     """Held-out samples, or None."""
     token_budget: int | None
     """Tokens of a packed row, or None to pad."""
+    data_report: Any
+    """What the validation of the data found, kept in the record."""
 
     def weights(self, dataset: Any) -> np.ndarray:
         """What each sample adds to the divisor of a step, `[N]`: its targets for a per-token loss, 1 for a per-sample one."""
@@ -73,210 +77,213 @@ class NonFiniteLoss(RuntimeError):
     """The loss or the gradient is NaN or infinite; the run is ended before anything of it is saved."""
 
 
-def fit(
-    method: Method,
-    engine: Any,
-    policy: Any,
-    tokenizer: Any,
-    strategy: Strategy,
-    config: TrainConfig,
-    plan: Plan,
-    report: Any,
-) -> None:
-    """Train until `max_epochs`, from where a checkpoint stopped if asked to, evaluating, logging and saving on the way.
+class Fit:
+    """A run of a method: trains until `max_epochs`, evaluating, logging and saving on the way.
 
     Args:
         method: the data and the loss.
         engine: the model as `Strategy.prepare` returned it.
-        policy: the module inside, for exports.
         tokenizer: exported beside the model.
         strategy: the ranks.
         config: the run's options.
         plan: the checked plan.
-        report: the data report, kept in the record.
-
-    Raises:
-        NonFiniteLoss: naming the step.
-        CheckpointError: a checkpoint could not be written.
-        InputError: the checkpoint to continue from belongs to another run.
     """
-    checkpoints = Checkpoints(config.checkpoint, strategy)
-    identity = identify(method, config, strategy)
-    start, offset = resume(checkpoints, engine, identity, strategy, config)
-    record = None
-    if strategy.is_first:
-        record = Record(Path(config.checkpoint.save_path) / "run", config, method.name, offset)
-        record.write("data.json", report.to_dict())
-        record.write("plan.json", plan.to_dict())
-    display = Display(plan.total_steps, start.step, strategy.is_first)
 
-    def log(row: dict[str, Any]) -> None:
-        if record:
-            record.row(row)
-        display.row(row)
+    def __init__(
+        self, method: Method, engine: Any, tokenizer: Any, strategy: Strategy, config: TrainConfig, plan: Plan
+    ) -> None:
+        self.method, self.engine, self.tokenizer = method, engine, tokenizer
+        self.strategy, self.config, self.plan = strategy, config, plan
+        self.checkpoints = Checkpoints(config.checkpoint, strategy)
+        self.weights = method.weights(method.train)
+        self.meter = Meter()
+        self.position = Position()
+        self.record: Record | None = None
+        self.display: Display | None = None
 
-    meter, clock, tokens = Meter(), time.perf_counter(), start.tokens
-    weights = method.weights(method.train)
-    try:
-        if config.logging.eval_at_start and start.step == 0:
-            log({"step": 0, "epoch": 0.0} | evaluate(method, engine, strategy, config))
-        for window, position in windows(start, method.train, config):
-            engine.train()
-            norm = train_step(method, engine, strategy, config, window, weights, meter)
-            display.advance(position.step)
-            if due(position.step, config.logging.logging_steps):
-                means, now = meter.means(strategy), time.perf_counter()
-                row = method.report(means) | {
-                    "learning_rate": strategy.learning_rate(engine),
-                    "grad_norm": norm,
-                    "tokens": position.tokens,
-                    "tokens_per_second": (position.tokens - tokens) / (now - clock),
-                }
-                log({"step": position.step, "epoch": epochs(position, method.train)} | row)
-                meter, clock, tokens = Meter(), now, position.tokens
-            if evaluation_due(position, plan, config):
-                log(
-                    {"step": position.step, "epoch": epochs(position, method.train)}
-                    | evaluate(method, engine, strategy, config)
-                )
-                clock = time.perf_counter()
-            if due(position.step, config.checkpoint.save_steps):
-                save(checkpoints, engine, policy, tokenizer, position, identity, record, strategy, config)
-                clock = time.perf_counter()
-    finally:
-        display.close()
-        if record:
-            record.close()
+    def run(self) -> None:
+        """Train, from where a checkpoint stopped if asked to.
+
+        Raises:
+            NonFiniteLoss: naming the step.
+            CheckpointError: a checkpoint could not be written.
+            InputError: the checkpoint to continue from belongs to another run.
+        """
+        logging = self.config.logging
+        metrics_bytes = self.resume()
+        self.display = Display(self.plan.total_steps, self.position.step, self.strategy.is_first)
+        if self.strategy.is_first:
+            self.record = self.open_record(metrics_bytes)
+        try:
+            if logging.eval_at_start and self.position.step == 0:
+                self.log(self.evaluate())
+            speed = Speedometer(self.position.tokens)
+            self.engine.train()
+            for window, position in self.windows():
+                self.position = position
+                norm = self.step(window)
+                self.display.advance(self.position.step)
+                if due(self.position.step, logging.logging_steps):
+                    self.log(self.training_row(norm) | {"tokens_per_second": speed.read(self.position.tokens)})
+                if self.evaluation_due():
+                    with speed.paused():
+                        self.log(self.evaluate())
+                if due(self.position.step, self.config.checkpoint.save_steps):
+                    with speed.paused():
+                        self.save()
+        finally:
+            self.display.close()
+            if self.record:
+                self.record.close()
+
+    def windows(self) -> Iterator[tuple[np.ndarray, Position]]:
+        """The samples of each optimizer step that is left, and the position after it."""
+        train, batch, position = self.method.train, self.config.batch, self.position
+        order = Order(len(train), batch.seed).windows(batch.train_batch_size, position.data)
+        while position.data.epoch < batch.max_epochs:
+            window, data = next(order)
+            position = Position(position.step + 1, data, position.tokens + int(train.lengths[window].sum()))
+            yield window, position
+
+    def step(self, window: np.ndarray) -> float:
+        """One optimizer step over the samples of `window`; returns the gradient norm.
+
+        The loss is a sum divided by the step's global count, so micro-batches, packing and ranks do not change it.
+        """
+        count = float(self.weights[window].sum())
+        micro_batches = list(self.micro_batches(self.method.train, window))
+        for number, batch in enumerate(micro_batches, start=1):
+            loss, sums = self.method.loss(self.engine, batch.to(self.strategy.device))
+            self.strategy.backward(self.engine, loss, count, last=number == len(micro_batches))
+            self.meter.add(sums)
+        norm = self.strategy.step(self.engine)
+        if not math.isfinite(norm):
+            raise NonFiniteLoss(
+                f"the gradient norm of optimizer step {self.position.step} is {norm}: the learning rate may be too high, or "
+                f"a sample breaks the model (samples {', '.join(map(str, window[:8]))}{', …' if len(window) > 8 else ''})"
+            )
+        return norm
+
+    def micro_batches(self, dataset: Any, window: np.ndarray) -> Iterator[Batch]:
+        """This rank's share of a window, in micro-batches; every rank has as many."""
+        lengths, size = dataset.lengths[window], self.config.batch.micro_train_batch_size
+        plan = plan_micro_batches(lengths, self.strategy.world_size, size, self.method.token_budget)
+        for places in plan[self.strategy.rank]:
+            if len(places):
+                yield self.method.collate([dataset[int(i)] for i in window[places]])
+            else:
+                yield self.method.collate([dataset[int(window[0])]]).without_targets()
+
+    def training_row(self, norm: float) -> dict[str, float]:
+        """The metrics since the last such row."""
+        means, self.meter = self.meter.means(self.strategy), Meter()
+        learning_rate = self.strategy.learning_rate(self.engine)
+        return self.method.report(means) | {
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            "tokens": self.position.tokens,
+        }
+
+    def evaluation_due(self) -> bool:
+        if self.method.evaluation is None:
+            return False
+        if self.config.logging.eval_steps == -1:
+            return self.position.data.consumed == 0
+        last = self.position.step == self.plan.total_steps
+        return last or due(self.position.step, self.config.logging.eval_steps)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Metrics over every held-out sample exactly once, with `eval_` before their names."""
+        dataset, size, meter = self.method.evaluation, self.config.batch.train_batch_size, Meter()
+        if dataset is None:
+            return {}
+        self.engine.eval()
+        for start in range(0, len(dataset), size):
+            for batch in self.micro_batches(dataset, np.arange(start, min(start + size, len(dataset)))):
+                meter.add(self.method.loss(self.engine, batch.to(self.strategy.device))[1])
+        self.engine.train()
+        return {f"eval_{name}": value for name, value in self.method.report(meter.means(self.strategy)).items()}
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write a row to the record and show it."""
+        data = self.position.data
+        epoch = round(data.epoch + data.consumed / len(self.method.train), 6)
+        row = {"step": self.position.step, "epoch": epoch} | metrics
+        if self.record:
+            self.record.row(row)
+        if self.display:
+            self.display.row(row)
+
+    def open_record(self, metrics_bytes: int | None) -> Record:
+        record = Record(Path(self.config.checkpoint.save_path) / "run", self.config, self.method.name, metrics_bytes)
+        record.write("data.json", self.method.data_report.to_dict())
+        record.write("plan.json", self.plan.to_dict())
+        return record
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        config = self.config
+        return {
+            "method": self.method.name,
+            "data": self.method.train.fingerprint,
+            "ranks": self.strategy.world_size,
+            "zero_stage": config.parallel.zero_stage,
+            "train_batch_size": config.batch.train_batch_size,
+            "seed": config.batch.seed,
+            "bf16": config.model.bf16,
+            "lora_rank": config.lora.lora_rank,
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint, and beside it a Hugging Face export if asked for."""
+        state = {
+            "identity": self.identity(),
+            "position": self.position.to_dict(),
+            "metrics_bytes": self.record.position() if self.record else 0,
+            "meter": self.meter.settle(self.strategy),
+        }
+        path = self.checkpoints.save(self.engine, self.position.step, state)
+        if self.config.checkpoint.save_hf_ckpt:
+            export(self.engine.module, self.tokenizer, exported(path), self.strategy)
+
+    def resume(self) -> int | None:
+        """Go to where the newest checkpoint is, if asked to; returns the size of `metrics.jsonl` there."""
+        if not self.config.checkpoint.load_checkpoint:
+            return None
+        found = self.checkpoints.newest()
+        if found is None:
+            self.strategy.say(f"no checkpoint in {self.checkpoints.folder}: starting from the beginning")
+            return None
+        path, state = found
+        then, now = state["identity"], self.identity()
+        if different := [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then.get(key) != now[key]]:
+            raise InputError(f"--load_checkpoint: {path} belongs to another run: {'; '.join(different)}")
+        self.checkpoints.load(self.engine, path)
+        self.strategy.say(f"continuing from {path}")
+        self.position = Position.from_dict(state["position"])
+        self.meter = Meter.unsettle(state["meter"], self.strategy)
+        return state["metrics_bytes"]
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def evaluation_due(position: Position, plan: Plan, config: TrainConfig) -> bool:
-    if config.logging.eval_steps == -1:
-        return position.step % plan.steps_per_epoch == 0
-    return due(position.step, config.logging.eval_steps) or position.step == plan.total_steps
+class Speedometer:
+    """Tokens per second since the last reading, pauses left out."""
 
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._since = tokens, time.perf_counter()
 
-def epochs(position: Position, train: Any) -> float:
-    """Passes over the data so far."""
-    return round(position.data.epoch + position.data.consumed / len(train), 6)
+    def read(self, tokens: int) -> float:
+        now = time.perf_counter()
+        speed = (tokens - self._tokens) / (now - self._since)
+        self._tokens, self._since = tokens, now
+        return speed
 
-
-def windows(start: Position, train: Any, config: TrainConfig) -> Iterator[tuple[np.ndarray, Position]]:
-    """The samples of each optimizer step that is left, and the position after it."""
-    step, tokens = start.step, start.tokens
-    if start.data.epoch >= config.batch.max_epochs:
-        return
-    for window, data in Order(len(train), config.batch.seed).windows(config.batch.train_batch_size, start.data):
-        step, tokens = step + 1, tokens + int(train.lengths[window].sum())
-        yield window, Position(step, data, tokens)
-        if data.epoch >= config.batch.max_epochs:
-            return
-
-
-def train_step(
-    method: Method,
-    engine: Any,
-    strategy: Strategy,
-    config: TrainConfig,
-    window: np.ndarray,
-    weights: np.ndarray,
-    meter: Meter,
-) -> float:
-    """One optimizer step over the samples of `window`; returns the gradient norm.
-
-    The loss is a sum divided by the step's global count, so micro-batches, packing and ranks do not change it.
-    """
-    count = float(weights[window].sum())
-    micro_batches = list(rank_batches(method, method.train, window, strategy, config))
-    for number, batch in enumerate(micro_batches, start=1):
-        loss, sums = method.loss(engine, batch.to(strategy.device))
-        strategy.backward(engine, loss, count, last=number == len(micro_batches))
-        meter.add(sums)
-    norm = strategy.step(engine)
-    if not math.isfinite(norm):
-        raise NonFiniteLoss(
-            f"the gradient norm of optimizer step {engine.global_steps} is {norm}: the learning rate may be too high, or a sample "
-            f"breaks the model; the step's samples are {window[:8].tolist()}{'…' if len(window) > 8 else ''}"
-        )
-    return norm
-
-
-def rank_batches(
-    method: Method, dataset: Any, window: np.ndarray, strategy: Strategy, config: TrainConfig
-) -> Iterator[Batch]:
-    """This rank's micro-batches of a window; every rank has as many."""
-    plan = plan_micro_batches(
-        dataset.lengths[window], strategy.world_size, config.batch.micro_train_batch_size, method.token_budget
-    )
-    for places in plan[strategy.rank]:
-        if len(places):
-            yield method.collate([dataset[int(i)] for i in window[places]])
-        else:
-            yield method.collate([dataset[int(window[0])]]).without_targets()
-
-
-@torch.no_grad()
-def evaluate(method: Method, engine: Any, strategy: Strategy, config: TrainConfig) -> dict[str, float]:
-    """Metrics over every held-out sample exactly once, with `eval_` before their names."""
-    if method.evaluation is None:
-        return {}
-    engine.eval()
-    meter, size = Meter(), config.batch.train_batch_size
-    for start in range(0, len(method.evaluation), size):
-        window = np.arange(start, min(start + size, len(method.evaluation)))
-        for batch in rank_batches(method, method.evaluation, window, strategy, config):
-            meter.add(method.loss(engine, batch.to(strategy.device))[1])
-    return {f"eval_{name}": value for name, value in method.report(meter.means(strategy)).items()}
-
-
-def identify(method: Method, config: TrainConfig, strategy: Strategy) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued."""
-    return {
-        "method": method.name,
-        "data": method.train.fingerprint,
-        "ranks": strategy.world_size,
-        "zero_stage": config.parallel.zero_stage,
-        "train_batch_size": config.batch.train_batch_size,
-        "seed": config.batch.seed,
-        "bf16": config.model.bf16,
-        "lora_rank": config.lora.lora_rank,
-    }
-
-
-def resume(
-    checkpoints: Checkpoints, engine: Any, identity: dict[str, Any], strategy: Strategy, config: TrainConfig
-) -> tuple[Position, int | None]:
-    """Where to start: the position and the size of `metrics.jsonl` there."""
-    if not config.checkpoint.load_checkpoint:
-        return Position(), None
-    found = checkpoints.newest()
-    if found is None:
-        strategy.say(f"no checkpoint in {checkpoints.folder}: starting from the beginning")
-        return Position(), None
-    path, state = found
-    different = [
-        f"{key} was {state['identity'].get(key)} and is {value}"
-        for key, value in identity.items()
-        if state["identity"].get(key) != value
-    ]
-    if different:
-        raise InputError(f"--load_checkpoint: {path} belongs to another run: {'; '.join(different)}")
-    checkpoints.load(engine, path)
-    strategy.say(f"continuing from {path}")
-    return Position.from_dict(state["position"]), state["metrics_bytes"]
-
-
-def save(
-    checkpoints: Checkpoints, engine: Any, policy: Any, tokenizer: Any, position: Position, identity: dict[str, Any],
-    record: Record | None, strategy: Strategy, config: TrainConfig,
-) -> None:  # fmt: skip
-    """Write a checkpoint, and beside it a Hugging Face export if asked for."""
-    state = {"identity": identity, "position": position.to_dict(), "metrics_bytes": record.position() if record else 0}
-    path = checkpoints.save(engine, position.step, state)
-    if config.checkpoint.save_hf_ckpt:
-        from rlhf_core.export import export
-
-        export(policy, tokenizer, exported(path), strategy)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start

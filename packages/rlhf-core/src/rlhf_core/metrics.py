@@ -28,6 +28,21 @@ class Meter:
             entry[0] = entry[0] + (total.detach().double() if isinstance(total, Tensor) else total)
             entry[1] += count
 
+    def settle(self, strategy: Any) -> dict[str, list[float]]:
+        """What was added so far, over all ranks, for a checkpoint. From now on the first rank holds it alone."""
+        names = sorted(self._sums)
+        summed = strategy.sum([float(value) for name in names for value in self._sums[name]])
+        total = {name: summed[2 * i : 2 * i + 2] for i, name in enumerate(names)}
+        self._sums = self.unsettle(total, strategy)._sums
+        return total
+
+    @classmethod
+    def unsettle(cls, total: dict[str, list[float]], strategy: Any) -> Meter:
+        """The inverse of `settle`."""
+        meter = cls()
+        meter._sums = {name: list(entry) if strategy.is_first else [0.0, 0.0] for name, entry in total.items()}
+        return meter
+
     def means(self, strategy: Any) -> dict[str, float]:
         """The mean of each metric over everything added on any rank. Every rank must have the same names."""
         names = sorted(self._sums)

@@ -60,7 +60,7 @@ def train(config: TrainConfig, strategy: Any, method: Any, tokenizer: Any, model
     import torch
 
     from rlhf_core.export import export
-    from rlhf_core.fit import fit
+    from rlhf_core.fit import Fit
     from rlhf_core.models.attention import ragged_implementation
     from rlhf_core.models.load import load_model
     from rlhf_core.models.policy import Policy, check_policy
@@ -77,6 +77,6 @@ def train(config: TrainConfig, strategy: Any, method: Any, tokenizer: Any, model
     engine.eval()
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     check_policy(engine, model_config.get_text_config().vocab_size, strategy.device, dtype)
-    fit(method, engine, policy, tokenizer, strategy, config, plan, method.data_report)
+    Fit(method, engine, tokenizer, strategy, config, plan).run()
     export(policy, tokenizer, Path(config.checkpoint.save_path), strategy)
     strategy.say(f"saved {config.checkpoint.save_path}")
