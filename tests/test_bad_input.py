@@ -25,16 +25,16 @@ def case(name: str, options: dict[str, Any] | Bench, *says: str, more: tuple[str
     return pytest.param(options, more, says, id=name.replace(" ", "-"))
 
 
-@pytest.fixture(autouse=True)
-def no_weight_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bad input is found before the slow part, except where a test says otherwise."""
-    if "loads_weights" in request.keywords:
-        return
-
+@pytest.fixture
+def no_weight_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded before the input was refused")
 
     monkeypatch.setattr("rlhf_core.models.load.load_model", refuse)
+
+
+early = pytest.mark.usefixtures("no_weight_is_loaded")
+"""Bad input is found before the slow part."""
 
 
 def refused(answer: Any, says: tuple[str, ...], code: int = 2) -> None:
@@ -187,6 +187,7 @@ YAML = [
 ]
 
 
+@early
 @pytest.mark.parametrize(("options", "more", "says"), OPTIONS)
 def test_options_that_cannot_work_are_refused(options, more, says, bench, sft, rlhf, tmp_path):
     given = options(bench) if callable(options) else options
@@ -194,17 +195,20 @@ def test_options_that_cannot_work_are_refused(options, more, says, bench, sft, r
     untouched(Path(given.get("save_path", tmp_path / "out")))
 
 
+@early
 @pytest.mark.parametrize(("content", "more", "says"), YAML)
 def test_option_files_that_cannot_work_are_refused(content, more, says, bench, sft, rlhf, tmp_path):
     refused(rlhf(sft(config=bench.file("run.yaml", content), max_epochs=None)), says)
     untouched(tmp_path / "out")
 
 
+@early
 def test_an_option_file_that_is_not_there_is_refused(sft, rlhf, tmp_path):
     refused(rlhf(sft(config=tmp_path / "run.yaml")), ("--config", "no file", "run.yaml"))
     refused(rlhf(sft(config=tmp_path)), ("--config", str(tmp_path)))
 
 
+@early
 def test_every_problem_of_a_command_line_is_named_at_once(sft, rlhf):
     answer = rlhf(sft(pretrain=None, max_epochs=0, save_steps=0))
     assert answer.code == 2
@@ -215,6 +219,7 @@ def test_every_problem_of_a_command_line_is_named_at_once(sft, rlhf):
     ]
 
 
+@early
 def test_flags_win_over_the_option_file(bench, sft, rlhf):
     answer = rlhf(
         sft("--dry_run", config=bench.file("run.yaml", "train_batch_size: 7\nmax_epochs: 3\n"), max_epochs=None)
@@ -407,6 +412,7 @@ DATA = [
 ]
 
 
+@early
 @pytest.mark.parametrize(("options", "more", "says"), DATA)
 def test_data_that_cannot_be_used_is_refused(options, more, says, bench, sft, rlhf, tmp_path):
     given = options(bench) if callable(options) else options
@@ -470,6 +476,7 @@ MODELS = [
 ]  # fmt: skip
 
 
+@early
 @pytest.mark.parametrize(("folder", "more", "says"), MODELS)
 def test_model_folders_that_cannot_be_used_are_refused(folder, more, says, bench, sft, rlhf, tmp_path):
     pretrain = folder(bench)
@@ -477,6 +484,7 @@ def test_model_folders_that_cannot_be_used_are_refused(folder, more, says, bench
     untouched(tmp_path / "out")
 
 
+@early
 def test_a_missing_model_or_data_set_of_the_hub_is_refused(sft, rlhf, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -485,22 +493,26 @@ def test_a_missing_model_or_data_set_of_the_hub_is_refused(sft, rlhf, tmp_path, 
     untouched(tmp_path / "out")
 
 
+@early
 def test_commands_that_are_misspelt_are_answered_with_the_nearest(rlhf):
     refused(rlhf(["trian", "sft"]), ("'trian'", "'train'"))
     refused(rlhf(["train", "stf"]), ("'stf'", "'sft'"))
 
 
+@early
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_save_path_without_permission_is_refused(sft, rlhf, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     refused(rlhf(sft(save_path=tmp_path / "locked/out")), ("--save_path", "Permission denied"))
 
 
+@early
 def test_more_ranks_than_gpus_are_refused(sft, rlhf, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     refused(rlhf(sft(num_procs=2)), ("--num_procs 2", "1 GPU"))
 
 
+@early
 def test_debug_shows_where_an_error_came_from(sft, rlhf, capfd, monkeypatch):
     from rlhf_data.errors import InputError
 
@@ -508,11 +520,11 @@ def test_debug_shows_where_an_error_came_from(sft, rlhf, capfd, monkeypatch):
         rlhf(sft(train_split="trian", debug=True))
 
 
+@early
 def test_an_error_that_is_not_the_users_has_exit_code_1_and_points_to_debug(sft, rlhf):
     refused(rlhf(sft()), ("AssertionError: weights were loaded", "--debug"), code=1)
 
 
-@pytest.mark.loads_weights
 def test_rows_that_are_dropped_are_counted_and_the_rest_is_trained(bench, sft, rlhf, tmp_path):
     answer = rlhf(sft(dataset=bench.rows(*[GOOD] * 8, GOOD | {"response": None}), eval_ratio=0))
     assert answer.code == 0, answer.err
@@ -520,7 +532,6 @@ def test_rows_that_are_dropped_are_counted_and_the_rest_is_trained(bench, sft, r
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
-@pytest.mark.loads_weights
 def test_a_tokenizer_without_a_pad_token_is_as_good_as_any(tiny, sft, rlhf, tmp_path):
     from transformers import AutoTokenizer
 
@@ -531,7 +542,6 @@ def test_a_tokenizer_without_a_pad_token_is_as_good_as_any(tiny, sft, rlhf, tmp_
     assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token is None
 
 
-@pytest.mark.loads_weights
 def test_weights_that_do_not_fit_their_config_are_refused(model, sft, rlhf, tmp_path):
     refused(
         rlhf(sft(pretrain=model(config={"intermediate_size": 64}))),
@@ -540,7 +550,6 @@ def test_weights_that_do_not_fit_their_config_are_refused(model, sft, rlhf, tmp_
     no_model_in(tmp_path / "out")
 
 
-@pytest.mark.loads_weights
 @pytest.mark.parametrize("stage", [2, 3])
 def test_weights_that_lack_a_layer_are_refused(stage, model, sft, rlhf, tmp_path):
     refused(
@@ -550,7 +559,6 @@ def test_weights_that_lack_a_layer_are_refused(stage, model, sft, rlhf, tmp_path
     no_model_in(tmp_path / "out")
 
 
-@pytest.mark.loads_weights
 def test_a_checkpoint_of_another_run_is_refused(sft, rlhf, tmp_path):
     assert rlhf(sft(save_steps=2, seed=1)).code == 0
     before = (tmp_path / "out/run/metrics.jsonl").read_bytes()
@@ -559,7 +567,6 @@ def test_a_checkpoint_of_another_run_is_refused(sft, rlhf, tmp_path):
     assert (tmp_path / "out/run/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.loads_weights
 def test_checkpoints_that_are_all_damaged_are_refused(sft, rlhf, tmp_path):
     assert rlhf(sft(save_steps=2)).code == 0
     for manifest in (tmp_path / "out/checkpoints").glob("*/manifest.json"):
@@ -567,14 +574,12 @@ def test_checkpoints_that_are_all_damaged_are_refused(sft, rlhf, tmp_path):
     refused(rlhf(sft(load_checkpoint=True)), ("every checkpoint in", str(tmp_path / "out/checkpoints"), "remove them"))
 
 
-@pytest.mark.loads_weights
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(sft, rlhf, tmp_path):
     answer = rlhf(sft(learning_rate=1e30, max_norm=0, lr_warmup_ratio=0))
     refused(answer, ("optimizer step 2", "learning rate"), code=1)
     no_model_in(tmp_path / "out")
 
 
-@pytest.mark.loads_weights
 @pytest.mark.parametrize("options", [{}, {"save_steps": 2}], ids=["final-model", "checkpoint"])
 def test_a_disk_that_is_full_leaves_nothing_half_written(options, start, finish, sft, tmp_path, monkeypatch):
     def small_files() -> None:

@@ -82,5 +82,4 @@ def top(
 
 def main() -> None:
     """Run the command line."""
-    with usage_reported():
-        raise SystemExit(app(standalone_mode=False))
+    app()

@@ -247,6 +247,7 @@ def command(app: typer.Typer, name: str, config: type[C]) -> Callable[[Callable[
             for p in extra
         ]
         callback.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
-        app.command(name, cls=Command, help=inspect.getdoc(config), no_args_is_help=True)(callback)
+        required = any(field.is_required() for _, field, _ in options(config))
+        app.command(name, cls=Command, help=inspect.getdoc(config), no_args_is_help=required)(callback)
 
     return register

@@ -99,6 +99,11 @@ def prepare_folder(folder: Path) -> Path:
     return folder
 
 
+def local(path: Path) -> str:
+    """A path as options take it: one that is not plainly local would be read as a Hub id."""
+    return str(path) if path.is_absolute() else f"./{path}"
+
+
 def make_inputs(folder: Path, config: QuickstartConfig) -> list[dict[str, str]]:
     """Write the tokenizer, the random model and the questions; returns the held-out ones."""
     from rlhf_core.tiny import make_model, make_tokenizer
@@ -118,8 +123,8 @@ def make_inputs(folder: Path, config: QuickstartConfig) -> list[dict[str, str]]:
 def options(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
     """The options of the fine-tuning run, as on the command line."""
     return {
-        "pretrain": str(folder / "model"),
-        "dataset": str(folder / "questions"),
+        "pretrain": local(folder / "model"),
+        "dataset": local(folder / "questions"),
         "input_key": "question",
         "output_key": "answer",
         "input_template": TEMPLATE,
@@ -131,7 +136,7 @@ def options(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
         "learning_rate": 2e-3,
         "logging_steps": 10,
         "seed": config.seed,
-        "save_path": str(folder / "sft"),
+        "save_path": local(folder / "sft"),
     }
 
 
@@ -217,6 +222,6 @@ def next_steps(folder: Path) -> str:
    {folder}/loss.png        the loss curve
 
 Next:
-   rlhf data inspect --pretrain {folder}/model --dataset {folder}/questions --input_key question --output_key answer
-   rlhf train sft --pretrain YOUR_MODEL --dataset YOUR.jsonl --input_key prompt --output_key response --dry_run
+   rlhf data inspect --pretrain {local(folder)}/model --dataset {local(folder)}/questions --input_key question --output_key answer
+   rlhf train sft --pretrain YOUR_MODEL --dataset ./YOUR.jsonl --input_key prompt --output_key response --dry_run
    rlhf train sft --help"""

@@ -115,16 +115,18 @@ class Fit:
         if self.strategy.is_first:
             self.record = self.open_record(metrics_bytes)
         try:
-            if logging.eval_at_start and self.position.step == 0:
+            if logging.eval_at_start and self.method.evaluation is not None and self.position.step == 0:
                 self.log(self.evaluate())
             speed = Speedometer(self.position.tokens)
             self.engine.train()
             for window, position in self.windows():
                 self.position = position
+                learning_rate = self.strategy.learning_rate(self.engine)
                 norm = self.step(window)
                 self.display.advance(self.position.step)
                 if due(self.position.step, logging.logging_steps):
-                    self.log(self.training_row(norm) | {"tokens_per_second": speed.read(self.position.tokens)})
+                    row = self.training_row() | {"learning_rate": learning_rate, "grad_norm": norm}
+                    self.log(row | {"tokens": position.tokens, "tokens_per_second": speed.read(position.tokens)})
                 if self.evaluation_due():
                     with speed.paused():
                         self.log(self.evaluate())
@@ -174,15 +176,10 @@ class Fit:
             else:
                 yield self.method.collate([dataset[int(window[0])]]).without_targets()
 
-    def training_row(self, norm: float) -> dict[str, float]:
-        """The metrics since the last such row."""
+    def training_row(self) -> dict[str, float]:
+        """The method's metrics since the last such row."""
         means, self.meter = self.meter.means(self.strategy), Meter()
-        learning_rate = self.strategy.learning_rate(self.engine)
-        return self.method.report(means) | {
-            "learning_rate": learning_rate,
-            "grad_norm": norm,
-            "tokens": self.position.tokens,
-        }
+        return self.method.report(means)
 
     def evaluation_due(self) -> bool:
         if self.method.evaluation is None:
@@ -196,8 +193,6 @@ class Fit:
     def evaluate(self) -> dict[str, float]:
         """Metrics over every held-out sample exactly once, with `eval_` before their names."""
         dataset, size, meter = self.method.evaluation, self.config.batch.train_batch_size, Meter()
-        if dataset is None:
-            return {}
         self.engine.eval()
         for start in range(0, len(dataset), size):
             for batch in self.micro_batches(dataset, np.arange(start, min(start + size, len(dataset)))):

@@ -157,14 +157,14 @@ def _open_hub(spec: str) -> Splits:
     from datasets import load_dataset
 
     name, _, subset = spec.partition("@")
+    if Path(name).exists():  # `datasets` would read it, and nobody could tell which of the two was meant
+        raise InputError(f"{spec} could be a data set of the Hub or {name} in this folder: to use the latter, give ./{name}")
     try:
         loaded = load_dataset(name, subset or None)
     except Exception as error:  # network, missing, private, unknown subset, script: all are about this data set
-        here = Path(name)
-        hint = f"; there is ./{name} here: to use it, give it as ./{name}" if here.exists() else ""
         raise InputError(
             f"{spec} is not a path (it does not start with ./ or /, nor end in one of {KNOWN}), and as a data set of "
-            f"the Hub it cannot be loaded: {_first_line(error)}{hint}"
+            f"the Hub it cannot be loaded: {_first_line(error)}"
         ) from error
     return _dataset_splits(spec, loaded)
 

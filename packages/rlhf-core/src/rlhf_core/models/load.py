@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +104,21 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    split_while_loading = HfDeepSpeedConfig(deepspeed) if deepspeed else None  # noqa: F841 (alive while loading)
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            model.pretrain,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-            quantization_config=four_bit(dtype) if lora.load_in_4bit else None,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with split_while_loading(deepspeed):
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                model.pretrain,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+                quantization_config=four_bit(dtype) if lora.load_in_4bit else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except ImportError as error:
         raise InputError(
             f"--load_in_4bit needs bitsandbytes: pip install 'rlhf-core[qlora]' ({first_line(error)})"
@@ -133,6 +134,22 @@ def load_model(
         if lora.lora_rank or model.gradient_checkpointing_use_reentrant:
             loaded.enable_input_require_grads()
     return loaded
+
+
+@contextmanager
+def split_while_loading(deepspeed: dict[str, Any] | None) -> Iterator[None]:
+    """Have transformers split weights over the ranks as it loads them, by a ZeRO-3 configuration; nothing to do without.
+
+    It finds the configuration in a global weak reference, which an error's traceback would keep alive.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig(deepspeed) if deepspeed else None
+    try:
+        yield
+    finally:
+        if alive:
+            unset_hf_deepspeed_config()
 
 
 def check_complete(name: str, found: dict[str, Any]) -> None:
