@@ -158,7 +158,9 @@ def _open_hub(spec: str) -> Splits:
 
     name, _, subset = spec.partition("@")
     if Path(name).exists():  # `datasets` would read it, and nobody could tell which of the two was meant
-        raise InputError(f"{spec} could be a data set of the Hub or {name} in this folder: to use the latter, give ./{name}")
+        raise InputError(
+            f"{spec} could be a data set of the Hub or {name} in this folder: to use the latter, give ./{name}"
+        )
     try:
         loaded = load_dataset(name, subset or None)
     except Exception as error:  # network, missing, private, unknown subset, script: all are about this data set
