@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_data.errors import InputError
+from rlhf_data.errors import InputError, RunError
 
 USER, PROGRAM = 2, 1
 """Exit codes: the input is at fault, anything else is."""
@@ -25,6 +25,10 @@ def reported(debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         fail(str(error), USER)
+    except RunError as error:
+        if debug:
+            raise
+        fail(str(error), PROGRAM)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Exception as error:

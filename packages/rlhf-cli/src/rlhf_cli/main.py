@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Annotated
 
@@ -81,5 +82,13 @@ def top(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    # How long a CPU thread spins for its next piece of work (libgomp): its default starves every other process, and
+    # itself when cores are shared. Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    with usage_reported():
+        raise SystemExit(app(standalone_mode=False))

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_core.config import CheckpointConfig
 from rlhf_core.strategy import Strategy
-from rlhf_data.errors import InputError
+from rlhf_data.errors import InputError, RunError
 
 NAME = re.compile(r"global_step(\d+)")
 MANIFEST, STATE, ENGINE = "manifest.json", "state.json", "engine"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint could not be written. What was there before is intact."""
 
 
@@ -66,8 +66,10 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             if self.strategy.is_first:
                 shutil.rmtree(staging, ignore_errors=True)
+            free = shutil.disk_usage(nearest_existing(self.folder)).free / 1e9
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({error}); earlier checkpoints are intact: "
+                f"the checkpoint of step {step} could not be written to {self.folder}, where {free:.1f} GB are free "
+                f"({' '.join(str(error).split())[:200]}); earlier checkpoints are intact: "
                 "free some space or choose another --ckpt_path, then continue with --load_checkpoint"
             ) from error
         self.strategy.barrier()
@@ -121,6 +123,11 @@ class Checkpoints:
         """Put `engine` and this rank's random state back to where they were at `path`."""
         engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
         restore_random_state(load_file(path / f"random_rank{self.strategy.rank}.safetensors"))
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the closest folder above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def exported(checkpoint: Path) -> Path:

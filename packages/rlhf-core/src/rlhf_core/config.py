@@ -160,9 +160,6 @@ class ParallelConfig(Config):
     dist_timeout: Annotated[float, Field(gt=0)] = 60
     """Minutes that ranks wait for each other before the run is ended."""
 
-    local_rank: int = -1
-    """Set by the `deepspeed` launcher; not for people."""
-
     @model_validator(mode="after")
     def _stages_that_can(self) -> ParallelConfig:
         if self.adam_offload and self.zero_stage == 0:

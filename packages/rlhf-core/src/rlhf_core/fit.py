@@ -23,7 +23,7 @@ from rlhf_core.plan import Plan
 from rlhf_core.progress import Display
 from rlhf_core.strategy import Strategy
 from rlhf_data.batching import plan_micro_batches
-from rlhf_data.errors import InputError
+from rlhf_data.errors import InputError, RunError
 from rlhf_data.sampler import Order, Progress
 
 
@@ -73,7 +73,7 @@ class Position:
         return cls(state["step"], Progress.from_dict(state["data"]), state["tokens"])
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunError):
     """The loss or the gradient is NaN or infinite; the run is ended before anything of it is saved."""
 
 

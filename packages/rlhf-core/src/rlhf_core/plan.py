@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_core.checkpoint import Checkpoints
+from rlhf_core.checkpoint import Checkpoints, nearest_existing
 from rlhf_core.config import TrainConfig
 from rlhf_core.memory import Memory, available_memory, count_parameters, estimate_memory
 from rlhf_data.batching import plan_micro_batches
@@ -191,7 +191,7 @@ def check_writable(config: TrainConfig) -> None:
         if name is None:
             continue
         path = Path(name)
-        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        there = nearest_existing(path)
         if not there.is_dir():
             raise InputError(f"{option} {name}: {there} is a file, not a folder")
         probe = there / f".rlhf-can-write-{os.getpid()}"

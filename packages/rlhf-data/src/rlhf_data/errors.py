@@ -1,4 +1,4 @@
-"""The one exception that means: the input is at fault, not the program."""
+"""The exceptions whose message is written for the person at the keyboard: one line, no traceback needed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from __future__ import annotations
 class InputError(ValueError):
     """Something the user gave cannot be used.
 
-    The message says what is wrong, where (option, file, row, value) and the way out, in one line that needs no
-    traceback. The command line prints it and exits with code 2.
+    The message says what is wrong, where (option, file, row, value) and the way out. The command line prints it and exits
+    with code 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, through no fault of its options.
+
+    The message says what happened and how to continue. The command line prints it and exits with code 1.
     """
