@@ -84,3 +84,16 @@ def test_the_load_balance_of_experts_is_the_same_in_any_micro_batching(train, ti
     original = load_file(folder / "model.safetensors")
     assert exported.keys() == original.keys()
     assert all(exported[name].shape == original[name].shape for name in original)
+
+
+def test_an_adapter_is_not_written_over_its_own_base(train, tiny):
+    from rlhf_data.errors import InputError
+
+    with pytest.raises(InputError, match="an adapter needs its base model"):
+        train(lora_rank=4, save_path=str(tiny))
+    assert (tiny / "model.safetensors").is_file()
+
+
+def test_a_balance_without_gradient_is_refused(options):
+    with pytest.raises(ValueError, match="gets no gradient"):
+        options(aux_loss_coef=0.1, gradient_checkpointing=True, gradient_checkpointing_use_reentrant=True)

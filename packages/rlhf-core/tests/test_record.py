@@ -33,7 +33,7 @@ def test_rows_are_means_over_the_steps_since_the_last(train, tmp_path):
     second = train(save_path=str(tmp_path / "second"), logging_steps=2)
     targets = [row["loss"] for row in every if "loss" in row]
     logged = [row["loss"] for row in second if "loss" in row]
-    assert len(targets) == 5 and len(logged) == 2
+    assert len(targets) == 5 and len(logged) == 3  # the last step is logged, due or not
     for i, loss in enumerate(logged):
         assert min(targets[2 * i : 2 * i + 2]) <= loss <= max(targets[2 * i : 2 * i + 2])
 
@@ -97,3 +97,45 @@ def test_a_model_is_written_in_shards_and_replaces_the_one_that_was_there(tiny, 
     for name, weight in original.items():
         assert torch.equal(weight, whole[name]) and torch.equal(weight, sharded[name])
     assert oct((folder / "model.safetensors").stat().st_mode)[-3:] == "644"
+
+
+def test_rows_after_the_checkpoint_go_and_a_shorter_file_is_not_filled_up(options, tmp_path):
+    from rlhf_core.metrics import Record
+
+    config = options()
+    first = Record(tmp_path / "run", config, "sft", None)
+    first.row({"step": 1})
+    size = first.position()
+    first.row({"step": 2})
+    first.close()
+    second = Record(tmp_path / "run", config, "sft", size)
+    assert second.position() == size
+    second.row({"step": 3})
+    second.close()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+    other = Record(tmp_path / "elsewhere", config, "sft", size)
+    other.row({"step": 3})
+    other.close()
+    assert (tmp_path / "elsewhere/metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_kept_as_it_is(train, tiny, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    odd = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(odd))
+    train(pretrain=str(folder))
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert {key: written[key] for key in odd} == odd
+
+
+def test_an_export_leaves_alone_what_is_not_its_own(tiny, train, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("model_old.safetensors", "notes.txt", "model-00001-of-00002.safetensors", "adapter_config.json"):
+        (out / name).write_text("old")
+    train()
+    assert (out / "model_old.safetensors").is_file() and (out / "notes.txt").is_file()
+    assert not (out / "model-00001-of-00002.safetensors").exists() and not (out / "adapter_config.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,19 @@ def test_old_checkpoints_go_after_the_new_one_is_there_and_foreign_folders_stay(
     assert not damage(tmp_path / "ckpt/global_step5")
 
 
+def test_checkpoints_behind_which_the_run_went_back_are_replaced(train, tmp_path):
+    """The newest is damaged, so the run goes on from the one before, and writes one with a smaller number."""
+    given = {"save_path": str(tmp_path / "out"), "max_ckpt_num": 1}
+    train(save_steps=1, **(given | {"max_ckpt_num": 9}))
+    folder = tmp_path / "out/checkpoints"
+    for step in (5, 4):
+        (folder / f"global_step{step}/state.json").write_text("{}")
+    for step in (3, 2):
+        shutil.rmtree(folder / f"global_step{step}")
+    train(save_steps=3, load_checkpoint=True, **given)
+    assert [path.name for path in folder.iterdir()] == ["global_step3"] and not damage(folder / "global_step3")
+
+
 def test_a_memory_limit_keeps_the_newest(train, tmp_path):
     train(save_steps=1, max_ckpt_mem=1e-6)
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["global_step5"]
@@ -158,31 +172,29 @@ sft.train(SFTConfig.model_validate_json(sys.argv[1]))
 """
 
 
-def run(config, *, kill: float | None = None) -> int:
-    """Run SFT in a process of its own; with `kill`, end it by SIGKILL that many seconds after its first checkpoint began."""
+def run(config, *, kill: int | None = None) -> int:
+    """Run SFT in a process of its own; with `kill`, end it by SIGKILL while the checkpoint of that step is being written."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, config.model_dump_json()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    folder, deadline = Path(config.checkpoint.save_path) / "checkpoints", time.monotonic() + 120
+    staging = Path(config.checkpoint.save_path) / "checkpoints" / f".writing-global_step{kill}"
+    deadline = time.monotonic() + 120
     if kill is not None:
-        while (
-            not (folder.exists() and any(folder.iterdir())) and process.poll() is None and time.monotonic() < deadline
-        ):
-            time.sleep(0.002)
-        time.sleep(kill)
+        while not staging.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     return process.wait(timeout=120)
 
 
 def test_kill_minus_nine_while_a_checkpoint_is_written(options, tmp_path, monkeypatch):
-    """SIGKILL at several moments around the writing of checkpoints, each time continued: the end is always the same."""
+    """SIGKILL twice while a checkpoint is written, each time continued: the end is that of the uninterrupted run."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     given = {"max_epochs": 2, "save_steps": 1, "max_ckpt_num": 2}
     assert run(options(save_path=str(tmp_path / "whole"), **given)) == 0
     cut = options(save_path=str(tmp_path / "cut"), load_checkpoint=True, **given)
-    for moment in (0.0, 0.03):
-        assert run(cut, kill=moment) == -signal.SIGKILL
+    for step in (3, 7):
+        assert run(cut, kill=step) == -signal.SIGKILL
     assert run(cut) == 0
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     read = [

@@ -28,7 +28,7 @@ def loss_and_gradient(
 ):
     """Mean loss over all targets and its gradient, by the loop's own division into micro-batches."""
     config = options(**given)
-    attention = ragged_implementation(torch.device("cpu"))[0] if ragged else "sdpa"
+    attention = ragged_implementation(torch.device("cpu"), torch.float32)[0] if ragged else "sdpa"
     policy = Policy(load_model(config.model, config.lora, attn_implementation=attention), ragged=ragged).to(dtype)
     policy.train()
     count = sum(int(sample.target_mask.sum()) for sample in samples)

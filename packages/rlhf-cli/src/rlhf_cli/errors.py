@@ -61,8 +61,6 @@ def fail(message: str, code: int) -> None:
         Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     else:
         say(message)
-    # DeepSpeed and gloo leave threads behind that can hold up a normal exit after a failure.
-    sys.stdout.flush()
     raise SystemExit(code)
 
 

@@ -63,7 +63,11 @@ def start_ranks(parallel: ParallelConfig, here: int) -> None:
         nproc_per_node=here,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0" if alone else f"{parallel.master_addr}:{parallel.master_port}",
-        rdzv_configs={"is_host": alone or parallel.node_rank == 0, "timeout": int(parallel.dist_timeout * 60)},
+        rdzv_configs={
+            "is_host": alone or parallel.node_rank == 0,
+            "join_timeout": int(parallel.dist_timeout * 60),
+            "read_timeout": int(parallel.dist_timeout * 60),
+        },
         run_id="rlhf",
         local_addr="127.0.0.1" if alone else None,
         max_restarts=0,
@@ -103,7 +107,7 @@ def hide_key(arguments: list[str]) -> list[str]:
         if flag == "__use_wandb":
             place = i if value else i + 1
             key = argument.partition("=")[2] if value else hidden[i + 1]
-            if key.lower() != "true":
+            if key.lower() not in ("true", "false"):
                 os.environ["WANDB_API_KEY"] = key
                 hidden[place] = f"{argument.partition('=')[0]}=True" if value else "True"
     return hidden

@@ -45,7 +45,7 @@ def parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Paramet
     """The Typer parameter of one field. Its default is None (not given): the field's own default applies later."""
     kind, flags = plain_type(field.annotation), [f"--{name}"]
     flags += [f"--{alias}" for alias in aliases_of(field)]
-    if kind is bool and field.default is True:
+    if kind is bool:  # also where the default is off: flags win over a file
         flags[0] += f"/--no_{name}"
     option = typer.Option(
         *flags,

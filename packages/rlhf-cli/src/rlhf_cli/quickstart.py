@@ -21,6 +21,9 @@ WORDS = """
 apple bear boat book bridge castle cloud coin door drum eagle field fish garden glass horse
 island lamp leaf lion moon mouse piano river rose ship snow star stone tiger tree wolf
 """.split()
+MARK = ".rlhf-quickstart"
+"""A file that says: this folder is a quickstart's, the next one may replace what is in it."""
+
 TEMPLATE = "Question: {}\nAnswer:"
 
 
@@ -89,13 +92,14 @@ def quickstart(config: QuickstartConfig) -> None:
 def prepare_folder(folder: Path) -> Path:
     """An empty folder, or one with an earlier quickstart in it, which is removed."""
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / "questions").is_dir():
+        if not (folder / MARK).is_file():
             raise InputError(
                 f"--folder {folder} holds something else than an earlier quickstart: choose another folder"
             )
         for name in ("model", "questions", "sft"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
     return folder
 
 

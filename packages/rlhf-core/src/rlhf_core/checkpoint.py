@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import zlib
 from pathlib import Path
@@ -62,7 +63,7 @@ class Checkpoints:
                 (staging / STATE).write_text(json.dumps(state, indent=2))
                 seal(staging)
                 publish(staging, final)
-                self.prune()
+                self.prune(final)
         except (OSError, RuntimeError) as error:
             if self.strategy.is_first:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -75,14 +76,39 @@ class Checkpoints:
         self.strategy.barrier()
         return final
 
-    def prune(self) -> None:
-        """Remove the oldest checkpoints over the limits, never the newest and nothing that is not one of ours."""
+    def prune(self, newest: Path) -> None:
+        """Remove what `newest` replaces: later steps (the run went back behind them) and the oldest over the limits.
+
+        Nothing goes that is not one of ours.
+        """
         kept, size = 0, 0.0
         for path in self.find(self.folder):
-            kept, size = kept + 1, size + sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e9
-            if kept > 1 and (kept > self.config.max_ckpt_num or size > self.config.max_ckpt_mem):
+            later = step_of(path) > step_of(newest)
+            if not later:
+                kept, size = kept + 1, size + (disk_use(path) + disk_use(exported(path))) / 1e9
+            over = kept > self.config.max_ckpt_num or size > self.config.max_ckpt_mem
+            if later or (over and path != newest):
                 shutil.rmtree(path)
                 shutil.rmtree(exported(path), ignore_errors=True)
+
+    def check_shared(self) -> None:
+        """Make sure that all ranks write to one folder: parts of a checkpoint on the disks of several nodes are none.
+
+        Raises:
+            InputError: some ranks do not see what the first one writes.
+        """
+        token = self.folder / self.strategy.share(lambda: f".writing-check-{secrets.token_hex(8)}")
+        if self.strategy.is_first:
+            token.mkdir(parents=True)
+        self.strategy.barrier()
+        (seen,) = self.strategy.sum([float(token.is_dir())])
+        if self.strategy.is_first:
+            token.rmdir()
+        if seen < self.strategy.world_size:
+            raise InputError(
+                f"--ckpt_path {self.folder} is not one folder for all ranks: {self.strategy.world_size - int(seen)} of "
+                f"{self.strategy.world_size} do not see what the first one writes; choose a folder that all nodes share"
+            )
 
     @staticmethod
     def folder_of(config: CheckpointConfig) -> Path:
@@ -93,7 +119,7 @@ class Checkpoints:
     def find(folder: Path) -> list[Path]:
         """Checkpoints in `folder`, newest first."""
         found = [p for p in folder.glob("global_step*") if NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
-        return sorted(found, key=lambda p: -int(NAME.fullmatch(p.name)[1]))  # type: ignore[index]
+        return sorted(found, key=step_of, reverse=True)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and its state. Damaged ones are passed over, and said so.
@@ -121,8 +147,20 @@ class Checkpoints:
 
     def load(self, engine: Any, path: Path) -> None:
         """Put `engine` and this rank's random state back to where they were at `path`."""
-        engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
+        adapters = any(
+            not p.requires_grad for p in engine.module.parameters()
+        )  # frozen weights are not in a checkpoint
+        found, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=not adapters)
+        assert found, f"DeepSpeed found no checkpoint in {path}"
         restore_random_state(load_file(path / f"random_rank{self.strategy.rank}.safetensors"))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("global_step"))
+
+
+def disk_use(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def nearest_existing(path: Path) -> Path:

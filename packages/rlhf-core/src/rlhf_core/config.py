@@ -5,14 +5,23 @@ Light on purpose: importing this module imports pydantic and nothing heavier, so
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from rlhf_data.config import Alias, Config, Count, DataConfig, SFTDataConfig
 
 Interval = Annotated[int, Field(ge=-1)]
 """Every so many steps; -1 for the documented default. 0 is refused by `_interval`."""
+
+Folder = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()) if path.startswith("~") else path)]
+"""A path, or for models a Hub id; `~` is the home folder."""
+
+Key = Annotated[
+    SecretStr | None, BeforeValidator(lambda value: {"true": "True", "false": None}.get(str(value).lower(), value))
+]
+"""A secret key; True for the one that is set up already, False for none."""
 
 Scheduler = Literal[
     "cosine_with_min_lr",
@@ -29,7 +38,7 @@ Scheduler = Literal[
 class ModelConfig(Config):
     """Model."""
 
-    pretrain: str
+    pretrain: Folder
     """Model to start from: a folder in Hugging Face format, or a Hub id."""
 
     bf16: bool = False
@@ -53,6 +62,14 @@ class ModelConfig(Config):
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
+
+    @model_validator(mode="after")
+    def _the_balance_has_a_gradient(self) -> ModelConfig:
+        if self.aux_loss_coef and self.gradient_checkpointing_use_reentrant:
+            raise ValueError(
+                "--aux_loss_coef gets no gradient through --gradient_checkpointing_use_reentrant: leave the latter out"
+            )
+        return self
 
 
 class LoraConfig(Config):
@@ -140,7 +157,7 @@ class ParallelConfig(Config):
     """Overlap gradient reduction with the backward pass (needs some more memory)."""
 
     grad_accum_dtype: Literal["fp32", "bf16"] | None = None
-    """Number format in which gradients add up over micro-batches; fp32 unless said otherwise."""
+    """Number format in which gradients add up over micro-batches; by default fp32, or bf16 for `--bf16` with `--zero_stage 0`."""
 
     num_procs: Annotated[Count | None, Alias("num_gpus")] = None
     """Ranks to start on this node: by default one per GPU, or one on a machine without."""
@@ -184,7 +201,7 @@ def _interval(value: int) -> int:
 class CheckpointConfig(Config):
     """Saving."""
 
-    save_path: str = "./ckpt"
+    save_path: Folder = "./ckpt"
     """Folder of the final model in Hugging Face format, with the record of the run in `run/`."""
 
     save_steps: Interval = -1
@@ -193,8 +210,8 @@ class CheckpointConfig(Config):
     save_hf_ckpt: bool = False
     """Beside every checkpoint, also export the model in Hugging Face format."""
 
-    ckpt_path: str | None = None
-    """Folder of the checkpoints; by default `checkpoints` in `--save_path`."""
+    ckpt_path: Folder | None = None
+    """Folder of the checkpoints, shared by all nodes; by default `checkpoints` in `--save_path`."""
 
     max_ckpt_num: Count = 3
     """Checkpoints to keep; older ones are removed after a new one is complete."""
@@ -220,7 +237,7 @@ class LoggingConfig(Config):
     eval_at_start: bool = False
     """Evaluate also before the first step, to have something to compare with."""
 
-    use_wandb: SecretStr | None = None
+    use_wandb: Key = None
     """Log to Weights & Biases: an API key, or True after `wandb login` (or with WANDB_MODE=offline). The key is never written down."""
 
     wandb_org: str | None = None
@@ -235,7 +252,7 @@ class LoggingConfig(Config):
     wandb_run_name: str | None = None
     """Weights & Biases run name; by default the method and the start time."""
 
-    use_tensorboard: str | None = None
+    use_tensorboard: Folder | None = None
     """Folder for TensorBoard logs."""
 
     _interval = field_validator("eval_steps")(_interval)

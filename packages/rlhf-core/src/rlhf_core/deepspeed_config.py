@@ -47,7 +47,7 @@ def clips_gradients(parallel: ParallelConfig, bf16: bool) -> bool:
 
 
 def grad_accum_dtype(parallel: ParallelConfig, bf16: bool) -> str:
-    """Gradients add up in float32, except where DeepSpeed cannot: bfloat16 without ZeRO."""
+    """Gradients add up over micro-batches in float32, except where DeepSpeed cannot: bfloat16 without ZeRO."""
     if parallel.grad_accum_dtype:
         return parallel.grad_accum_dtype
     return "bf16" if bf16 and parallel.zero_stage == 0 else "fp32"

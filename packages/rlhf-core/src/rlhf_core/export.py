@@ -1,4 +1,4 @@
-"""Writing a model in Hugging Face format, shard by shard, at any ZeRO stage, whole or not at all."""
+"""Writing a model in Hugging Face format, shard by shard, at any ZeRO stage; a failed write changes nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,11 +25,18 @@ SHARD_BYTES = 4 * 10**9
 """Weights are gathered and written in files of about this size, so that the host never holds the whole model twice."""
 
 
+CONFIGS = ("config.json", "adapter_config.json")
+"""What makes a folder a model, or an adapter."""
+
+STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors")
+"""Weights that an export of a whole model replaces."""
+
+
 def export(policy: Policy, tokenizer: Any, folder: Path, strategy: Strategy, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model (or, with LoRA, its adapter) and its tokenizer to `folder`, as `from_pretrained` and vLLM read them.
 
-    The files are written beside and moved into place when complete, so that a model already in `folder` (which may be the
-    one being trained) is there until its successor is.
+    All files are written beside, and moved into place when they are complete: a model already in `folder` (which may be the
+    one being trained) is untouched until its successor is on disk.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
@@ -95,11 +103,10 @@ def write_model(policy: Policy, folder: Path, strategy: Strategy, shard_bytes: i
 
 def layers(base: Any) -> Iterator[dict[str, Tensor]]:
     """Parameters and saved buffers by name, grouped by layer. Tied weights appear once, under the name that is kept."""
-    tied = set(getattr(base, "all_tied_weights_keys", None) or {})
+    tied, saved = set(getattr(base, "all_tied_weights_keys", None) or {}), base.state_dict().keys()
+    tensors = dict(base.named_parameters()) | {name: x for name, x in base.named_buffers() if name in saved}
     groups: dict[str, dict[str, Tensor]] = {}
-    saved = dict(base.named_parameters())
-    saved |= {name: x for name, x in base.named_buffers() if name in base.state_dict() and name not in saved}
-    for name, tensor in saved.items():
+    for name, tensor in tensors.items():
         if name not in tied:
             layer = re.match(r".*?\.\d+\.", name)
             groups.setdefault(layer[0] if layer else "", {})[name] = tensor
@@ -127,6 +134,13 @@ def name_shards(folder: Path, names: list[list[str]], total: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
+def check_export(policy: Policy, tokenizer: Any) -> None:
+    """Write everything but the weights to nowhere, before training: what cannot be written is found out now."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_configs(policy.base, Path(folder))
+        tokenizer.save_pretrained(folder)
+
+
 def write_configs(base: Any, folder: Path) -> None:
     from transformers.dynamic_module_utils import custom_object_save
 
@@ -137,26 +151,25 @@ def write_configs(base: Any, folder: Path) -> None:
     config.save_pretrained(folder)
     config.use_cache = False
     if base.can_generate():
-        base.generation_config.save_pretrained(folder)
+        base.generation_config.to_json_file(folder / "generation_config.json")  # as it is: saving checks it strictly
     if base.is_remote_code():
         custom_object_save(base, folder, config=config)
 
 
 def move_into_place(staging: Path, folder: Path) -> None:
-    """Move finished files over older ones, and remove shards that the older model had and this one has not."""
+    """Move finished files over older ones, the config last: in between, the folder is no model rather than a mixed one."""
     os.umask(mask := os.umask(0o022))
-    new = sorted(staging.iterdir(), key=lambda p: p.name == "config.json")
+    new = sorted(staging.iterdir(), key=lambda path: path.name in CONFIGS)
+    written = {path.name for path in new}
+    for name in CONFIGS if "config.json" in written else written.intersection(CONFIGS):
+        (folder / name).unlink(missing_ok=True)
     for path in new:
         path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
         sync(path)
         path.replace(folder / path.name)
-    written = {path.name for path in new}
-    for stale in (
-        *folder.glob("model*.safetensors"),
-        *folder.glob("model.safetensors.index.json"),
-        *folder.glob("adapter_*"),
-    ):
-        if stale.name not in written:
-            stale.unlink()
+    if "config.json" in written:
+        for stale in folder.iterdir():
+            if STALE.fullmatch(stale.name) and stale.name not in written:
+                stale.unlink()
     staging.rmdir()
     sync(folder)

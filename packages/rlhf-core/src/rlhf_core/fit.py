@@ -110,6 +110,8 @@ class Fit:
             InputError: the checkpoint to continue from belongs to another run.
         """
         logging = self.config.logging
+        if self.config.checkpoint.save_steps > 0:
+            self.checkpoints.check_shared()
         metrics_bytes = self.resume()
         self.display = Display(self.plan.total_steps, self.position.step, self.strategy.is_first)
         if self.strategy.is_first:
@@ -124,7 +126,7 @@ class Fit:
                 learning_rate = self.strategy.learning_rate(self.engine)
                 norm = self.step(window)
                 self.display.advance(self.position.step)
-                if due(self.position.step, logging.logging_steps):
+                if due(position.step, logging.logging_steps) or position.step == self.plan.total_steps:
                     row = self.training_row() | {"learning_rate": learning_rate, "grad_norm": norm}
                     self.log(row | {"tokens": position.tokens, "tokens_per_second": speed.read(position.tokens)})
                 if self.evaluation_due():
@@ -221,13 +223,14 @@ class Fit:
         config = self.config
         return {
             "method": self.method.name,
+            "pretrain": config.model.pretrain,
             "data": self.method.train.fingerprint,
             "ranks": self.strategy.world_size,
             "zero_stage": config.parallel.zero_stage,
             "train_batch_size": config.batch.train_batch_size,
             "seed": config.batch.seed,
             "bf16": config.model.bf16,
-            "lora_rank": config.lora.lora_rank,
+            "lora": config.lora.model_dump(),
         }
 
     def save(self) -> None:

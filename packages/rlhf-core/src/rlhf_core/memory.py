@@ -39,15 +39,15 @@ def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def available_memory() -> float:
-    """Memory of the device of one rank, in bytes: of the GPU, or of the machine."""
+def available_memory(ranks_here: int) -> float:
+    """Memory that one rank may take, in bytes: of its GPU, or its share of the machine."""
     import os
 
     import torch
 
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here
 
 
 def count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:

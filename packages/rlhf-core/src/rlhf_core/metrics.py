@@ -67,7 +67,8 @@ class Record:
         self.write("config.json", config.model_dump(mode="json"))
         self.write("environment.json", environment())
         self._file = (folder / "metrics.jsonl").open("ab")
-        self._file.truncate(resume_at or 0)
+        self._file.truncate(min(resume_at or 0, self._file.tell()))
+        self._file.seek(0, os.SEEK_END)
         self._trackers = list(trackers(config.logging, method, config.model_dump(mode="json")))
 
     def write(self, name: str, content: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import secrets
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -107,7 +107,7 @@ def make_plan(
         parameters=total,
         trained_parameters=trained,
         memory=estimate_memory(config, model_config.get_text_config(), total, trained, largest, world_size),
-        available_memory=available_memory(),
+        available_memory=available_memory(world_size // config.parallel.num_nodes),
         writes=writes(config),
     )
 
@@ -142,6 +142,10 @@ def check_run(config: TrainConfig, world_size: int) -> None:
     """
     check_batches(config, world_size)
     check_writable(config)
+    if config.lora.lora_rank and Path(config.checkpoint.save_path).resolve() == Path(config.model.pretrain).resolve():
+        raise InputError(
+            f"--save_path {config.checkpoint.save_path} is --pretrain: an adapter needs its base model, save it elsewhere"
+        )
     zpg = config.parallel.zpg
     if world_size % zpg:
         raise InputError(
@@ -194,7 +198,7 @@ def check_writable(config: TrainConfig) -> None:
         there = nearest_existing(path)
         if not there.is_dir():
             raise InputError(f"{option} {name}: {there} is a file, not a folder")
-        probe = there / f".rlhf-can-write-{os.getpid()}"
+        probe = there / f".rlhf-can-write-{secrets.token_hex(8)}"
         try:
             probe.touch()
             probe.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rlhf_core.config import TrainConfig
@@ -21,7 +22,7 @@ def run(
         dry_run: stop after the plan, before any weight is loaded.
         world_size: ranks of the run, for a dry run (a real one knows).
     """
-    from rlhf_core.models.load import load_model_config
+    from rlhf_core.models.load import check_ragged, load_model_config
     from rlhf_core.plan import check_run, make_plan
     from rlhf_data.tokenizer import load_tokenizer
 
@@ -46,37 +47,56 @@ def run(
             f"--pretrain {config.model.pretrain}: its tokenizer has {len(tokenizer)} tokens and the model only "
             f"{model_config.get_text_config().vocab_size}: they do not belong together"
         )
+    if strategy:
+        check_same_data(strategy, method)
     plan = make_plan(config, model_config, method.train, method.evaluation, world_size, method.token_budget)
+    if plan.layout != "padded":
+        check_ragged(config.model.pretrain, model_config.get_text_config(), int(method.train.lengths.max()))
     if strategy is None or strategy.is_first:
         print(method.data_report.format(), plan.format(config), sep="\n\n", flush=True)
     if strategy:
         train(config, strategy, method, tokenizer, model_config, plan)
+        strategy.close()
+
+
+def check_same_data(strategy: Any, method: Any) -> None:
+    """Make sure that all ranks read the same samples: their micro-batches would not match otherwise.
+
+    Raises:
+        InputError: some nodes have other data.
+    """
+    mine = [data.fingerprint for data in (method.train, method.evaluation) if data is not None]
+    (different,) = strategy.sum([float(mine != strategy.share(lambda: mine))])
+    if different:
+        raise InputError(
+            f"--dataset: {int(different)} of {strategy.world_size} ranks read other data than the first one"
+        )
 
 
 def train(config: TrainConfig, strategy: Any, method: Any, tokenizer: Any, model_config: Any, plan: Any) -> None:
     """Load, train, export."""
-    from pathlib import Path
-
     import torch
 
-    from rlhf_core.export import export
+    from rlhf_core.export import check_export, export
     from rlhf_core.fit import Fit
-    from rlhf_core.models.attention import ragged_implementation
+    from rlhf_core.models.attention import padded_implementation, ragged_implementation
     from rlhf_core.models.load import load_model
     from rlhf_core.models.policy import Policy, check_policy
 
-    ragged = config.model.flash_attn or method.token_budget is not None
-    attention = "sdpa"
-    if ragged:
-        attention, why = ragged_implementation(strategy.device)
+    text_config = model_config.get_text_config()
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    attention = padded_implementation(text_config)
+    if plan.layout != "padded":
+        attention, why = ragged_implementation(strategy.device, dtype)
         strategy.say(f"attention: {why}")
     stage3 = strategy.deepspeed_config() if config.parallel.zero_stage == 3 else None
     model = load_model(config.model, config.lora, attn_implementation=attention, deepspeed=stage3)
-    policy = Policy(model, ragged=ragged, balance=bool(config.model.aux_loss_coef))
+    policy = Policy(model, ragged=plan.layout != "padded", balance=bool(config.model.aux_loss_coef))
+    if strategy.is_first:
+        check_export(policy, tokenizer)
     engine = strategy.prepare(policy, plan.total_steps)
     engine.eval()
-    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    check_policy(engine, model_config.get_text_config().vocab_size, strategy.device, dtype)
+    check_policy(engine, text_config.vocab_size, strategy.device, dtype)
     Fit(method, engine, tokenizer, strategy, config, plan).run()
     export(policy, tokenizer, Path(config.checkpoint.save_path), strategy)
     strategy.say(f"saved {config.checkpoint.save_path}")

@@ -145,6 +145,6 @@ class Strategy:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
+        """Leave the process group, if other processes are in it: a single rank may run again in this process."""
+        if self.world_size > 1:
             dist.destroy_process_group()

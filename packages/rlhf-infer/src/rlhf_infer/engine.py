@@ -48,7 +48,11 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[Completion]:
         import torch
 
-        torch.manual_seed(sampling.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(sampling.seed)
+            return self._generate(prompts, sampling)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[Completion]:
         requests = [i for i in range(len(prompts)) for _ in range(sampling.best_of_n)]
         by_length = sorted(range(len(requests)), key=lambda r: len(prompts[requests[r]]))
         written: dict[int, Completion] = {}

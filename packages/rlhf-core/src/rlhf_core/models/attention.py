@@ -6,20 +6,28 @@ attention then stays within samples. On CUDA one variable-length kernel does it,
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import is_flash_attn_2_available
 
 RAGGED = "rlhf_ragged"
+HALF = (torch.float16, torch.bfloat16)
 
 
-def ragged_implementation(device: torch.device) -> tuple[str, str]:
-    """The best attention without padding on `device`: its name for transformers, and a line for the log."""
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+def padded_implementation(text_config: Any) -> str | None:
+    """The attention for padded calls: transformers' own choice, but for models whose soft cap its SDPA would drop."""
+    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
+
+
+def ragged_implementation(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The best attention without padding for a device and number format: its name for transformers, and a line for the log."""
+    if device.type == "cuda" and dtype not in HALF:
+        return RAGGED, "one attention call per sample, samples laid end to end (the CUDA kernels want --bf16)"
+    if device.type == "cuda" and is_flash_attn_2_available():
         return "flash_attention_2", "FlashAttention 2 (flash-attn), samples laid end to end"
     if device.type == "cuda":
         return RAGGED, "torch's variable-length attention, samples laid end to end (flash-attn is not installed)"
@@ -68,8 +76,12 @@ def ragged_attention(
         )
     dropout = dropout if module.training else 0.0
     if cu_seq_lens_q is None:
+        if query.shape[0] > 1:
+            raise ValueError(
+                "attention without padding takes one row; a batch of rows needs cu_seq_lens_q or another attention"
+            )
         return _attend(query, key, value, scaling, dropout, sliding_window).transpose(1, 2), None
-    if query.device.type == "cuda" and not dropout:
+    if query.device.type == "cuda" and query.dtype in HALF and query.shape[-1] % 8 == 0 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

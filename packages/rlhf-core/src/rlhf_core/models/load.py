@@ -13,6 +13,11 @@ from rlhf_core.config import LoraConfig, ModelConfig
 from rlhf_data.errors import InputError
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+OTHER_ROUTERS = ("n_routed_experts", "n_group", "scoring_func")
+"""Configs with one of these choose experts by something else than the top of a softmax."""
+
+MASKED_WINDOWS = ("phimoe", "doge", "qwen2_moe")
+"""Models whose sliding window is in the attention mask only."""
 
 
 def load_model_config(model: ModelConfig) -> Any:
@@ -34,7 +39,23 @@ def load_model_config(model: ModelConfig) -> Any:
         raise InputError(
             f"--aux_loss_coef {model.aux_loss_coef} balances experts, and {model.pretrain} ({text.model_type}) has none: leave it out"
         )
+    if model.aux_loss_coef and any(getattr(text, name, None) for name in OTHER_ROUTERS):
+        raise InputError(
+            f"--aux_loss_coef {model.aux_loss_coef}: the router of {model.pretrain} ({text.model_type}) is not a plain softmax, "
+            "and its load balance is not known here: leave it out"
+        )
     return config
+
+
+def check_ragged(name: str, text_config: Any, longest: int) -> None:
+    """Refuse attention without padding where a model's limits are in the mask alone, which it does not have."""
+    chunk, window = (getattr(text_config, key, None) for key in ("attention_chunk_size", "sliding_window"))
+    limit = chunk or (window if text_config.model_type in MASKED_WINDOWS else None)
+    if limit and limit < longest:
+        raise InputError(
+            f"--pretrain {name} attends {limit} tokens back, which attention without padding cannot do for its "
+            f"{text_config.model_type} layers and samples of {longest} tokens: leave out --flash_attn and --packing_samples"
+        )
 
 
 def looks_local(name: str) -> bool:
@@ -89,14 +110,14 @@ def check_safetensors(path: Path) -> None:
 
 
 def load_model(
-    model: ModelConfig, lora: LoraConfig, *, attn_implementation: str, deepspeed: dict[str, Any] | None = None
+    model: ModelConfig, lora: LoraConfig, *, attn_implementation: str | None, deepspeed: dict[str, Any] | None = None
 ) -> Any:
     """A causal language model ready to train: number format, attention, quantisation, adapters, checkpointing.
 
     Args:
         model: which model and how.
         lora: adapters, if any.
-        attn_implementation: transformers' name of the attention.
+        attn_implementation: transformers' name of the attention; None for its own choice.
         deepspeed: the DeepSpeed configuration when its ZeRO stage is 3, so that weights are split while loading.
 
     Raises:
@@ -120,9 +141,12 @@ def load_model(
                 ignore_mismatched_sizes=True,
             )
     except ImportError as error:
-        raise InputError(
-            f"--load_in_4bit needs bitsandbytes: pip install 'rlhf-core[qlora]' ({first_line(error)})"
-        ) from error
+        needs = (
+            "--load_in_4bit needs bitsandbytes: pip install 'rlhf-core[qlora]'"
+            if lora.load_in_4bit
+            else f"--pretrain {model.pretrain}"
+        )
+        raise InputError(f"{needs} ({first_line(error)})") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"--pretrain {model.pretrain}: the model cannot be loaded: {first_line(error)}") from error
     check_complete(model.pretrain, found)
