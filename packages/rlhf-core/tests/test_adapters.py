@@ -24,6 +24,8 @@ def test_an_adapter_trains_saves_reloads_and_merges(train, tiny, tmp_path, given
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    if given.get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes")
     rows = train(learning_rate=1e-2, max_epochs=2, **given)
     assert rows[-1]["eval_loss"] < rows[0]["loss"] - 0.1
     folder = tmp_path / "out"
