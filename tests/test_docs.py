@@ -139,7 +139,7 @@ def test_every_flag_in_the_pages_is_an_option(generator):
     from rlhf_data.config import Alias
 
     known = {"--help", "--version", "--no_"}
-    known |= {"--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
+    known |= {"--group", "--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
     known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache"}
     for config in generator.CONFIGS.values():
         for name, field, _ in options(config):

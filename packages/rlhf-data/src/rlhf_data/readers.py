@@ -161,11 +161,12 @@ def _read_parquet(path: Path) -> Rows:
 
 def _read_arrow(path: Path) -> Rows:
     from datasets import Dataset, load_dataset
+    from pyarrow import ArrowInvalid
 
     def open_() -> Any:
         try:
             return Dataset.from_file(str(path))  # the stream format that `datasets` writes, memory-mapped
-        except Exception:
+        except ArrowInvalid:  # the file format instead
             return load_dataset("arrow", data_files=str(path), split="train", streaming=True)
 
     return _numbered(path, open_)
