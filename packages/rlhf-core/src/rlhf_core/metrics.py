@@ -150,7 +150,10 @@ class Wandb:
         self._run.log(row, step=row["step"])
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # ends its helper process, which would give a later run in this process the settings of this one
 
 
 class TensorBoard:
