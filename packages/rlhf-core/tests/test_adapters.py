@@ -78,7 +78,7 @@ def test_the_load_balance_of_experts_is_the_same_in_any_micro_batching(train, ti
     for rows in runs[1:]:
         for one, other in zip(runs[0], rows, strict=True):
             for key in {"loss", "aux_loss", "grad_norm", "eval_loss", "eval_aux_loss"} & one.keys():
-                assert other[key] == pytest.approx(one[key], rel=2e-5), key
+                assert other[key] == pytest.approx(one[key], rel=1e-6), key
     assert 1.0 <= runs[0][0]["aux_loss"] < 4.0
     without = train(pretrain=str(folder), zero_stage=0, save_path=str(tmp_path / "d"))
     assert "aux_loss" not in without[0] and without[0]["grad_norm"] != pytest.approx(runs[0][0]["grad_norm"], rel=1e-3)
