@@ -11,7 +11,7 @@ import typer
 from rlhf_cli.errors import usage_reported
 from rlhf_cli.options import RUN, command
 from rlhf_cli.quickstart import QuickstartConfig
-from rlhf_core.config import SFTConfig
+from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, RMConfig, SFTConfig
 from rlhf_data.inspection import InspectConfig
 
 app = typer.Typer(
@@ -52,6 +52,38 @@ def sft(config: SFTConfig, dry_run: DryRun = False) -> None:
     from rlhf_core.methods import sft
 
     launch(config.parallel, partial(sft.train, config), dry_run=dry_run)
+
+
+@command(train, "rm", RMConfig)
+def rm(config: RMConfig, dry_run: DryRun = False) -> None:
+    from rlhf_cli.launch import launch
+    from rlhf_core.methods import rm
+
+    launch(config.parallel, partial(rm.train, config), dry_run=dry_run)
+
+
+@command(train, "dpo", DPOConfig)
+def dpo(config: DPOConfig, dry_run: DryRun = False) -> None:
+    from rlhf_cli.launch import launch
+    from rlhf_core.methods import dpo
+
+    launch(config.parallel, partial(dpo.train, config), dry_run=dry_run)
+
+
+@command(train, "kto", KTOConfig)
+def kto(config: KTOConfig, dry_run: DryRun = False) -> None:
+    from rlhf_cli.launch import launch
+    from rlhf_core.methods import kto
+
+    launch(config.parallel, partial(kto.train, config), dry_run=dry_run)
+
+
+@command(train, "kd", KDConfig)
+def kd(config: KDConfig, dry_run: DryRun = False) -> None:
+    from rlhf_cli.launch import launch
+    from rlhf_core.methods import kd
+
+    launch(config.parallel, partial(kd.train, config), dry_run=dry_run)
 
 
 @command(data, "inspect", InspectConfig)

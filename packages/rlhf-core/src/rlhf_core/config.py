@@ -10,7 +10,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 
-from rlhf_data.config import Alias, Config, Count, DataConfig, SFTDataConfig
+from rlhf_data.config import (
+    Alias,
+    Config,
+    Count,
+    DataConfig,
+    LabelledDataConfig,
+    PairDataConfig,
+    RewardDataConfig,
+    SFTDataConfig,
+)
 
 Interval = Annotated[int, Field(ge=-1)]
 """Every so many steps; -1 for the documented default. 0 is refused by `_interval`."""
@@ -298,3 +307,301 @@ class SFTConfig(TrainConfig):
                 "--pretrain_mode trains on plain text and --apply_chat_template on conversations: give one of them"
             )
         return self
+
+
+class OneEpochBatchConfig(BatchConfig):
+    """Batches."""
+
+    max_epochs: Annotated[Count, Alias("max_epoch")] = 1
+    """Passes over the training data."""
+
+
+class SharedPrefixConfig(Config):
+    """Pairs."""
+
+    share_prefix: bool | None = None
+    """Compute the prompt of a pair once for both responses: the same numbers for less work. By default wherever samples
+    are laid end to end (`--flash_attn` or `--packing_samples`) and experts are not balanced."""
+
+
+class ReferenceConfig(Config):
+    """Reference model."""
+
+    ref_pretrain: Folder | None = None
+    """Reference model, never trained: a folder or a Hub id; by default `--pretrain`. With LoRA and without this, it is the
+    base model with the adapter switched off, and takes no memory of its own."""
+
+    ref_offload: bool = False
+    """Keep the reference model's weights on the CPU and bring them to the GPU layer by layer; at every ZeRO stage."""
+
+
+class PrecomputedReferenceConfig(ReferenceConfig):
+    """Reference model."""
+
+    precompute_ref: bool = False
+    """Compute the reference model's log-probs once before training and keep them on disk, for all epochs and later runs
+    on the same model and data: no reference model is held while training."""
+
+
+class RewardOptimConfig(OptimConfig):
+    """Optimizer."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 9e-6
+    """Peak learning rate of AdamW."""
+
+
+class RewardBatchConfig(OneEpochBatchConfig):
+    """Batches."""
+
+    micro_train_batch_size: Count = 1
+    """Pairs per rank and forward pass. It bounds memory and does not change the result."""
+
+
+class RewardModelConfig(SharedPrefixConfig):
+    """Reward model."""
+
+    loss: Literal["sigmoid", "logexp"] = "sigmoid"
+    """How the loss is computed: -log sigmoid(margin), or log(1 + exp(-margin)). They are the same function."""
+
+    value_head_prefix: str | None = None
+    """Name of the head in `--pretrain`, if that is a reward model already; by default it is found by looking. A new head
+    is made if there is none. Saved models call it `score`, as transformers and vLLM do."""
+
+    compute_fp32_loss: bool = False
+    """For scripts that give it: rewards and loss are always computed in float32, also without."""
+
+
+class RMConfig(TrainConfig):
+    """Reward model: learn to give the better of two responses the higher number."""
+
+    data: RewardDataConfig
+    batch: RewardBatchConfig = RewardBatchConfig()
+    optim: RewardOptimConfig = RewardOptimConfig()
+    reward: RewardModelConfig = RewardModelConfig()
+
+    @model_validator(mode="after")
+    def _pairs_can_share(self) -> RMConfig:
+        check_sharing(self.model, self.data, self.reward)
+        return self
+
+
+class PreferenceOptimConfig(OptimConfig):
+    """Optimizer."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate of AdamW."""
+
+
+PreferenceLoss = Literal["dpo", "ipo", "ipo_avg", "robust", "hinge", "simpo", "orpo"]
+REFERENCE_FREE = ("simpo", "orpo")
+
+
+class PreferenceConfig(SharedPrefixConfig):
+    """Preference loss."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held at the reference: higher means closer. For `simpo` the scale of the rewards
+    (try 2), for `orpo` the weight of the odds ratio."""
+
+    loss_type: PreferenceLoss = "dpo"
+    """`dpo` (with `--label_smoothing` cDPO), `ipo` on summed and `ipo_avg` on averaged log-probs, `robust` DPO, `hinge`
+    (SLiC), and without a reference `simpo` and `orpo`."""
+
+    ipo: bool = False
+    """The same as `--loss_type ipo`."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a label is wrong: conservative DPO for `dpo`, the unbiased loss for `robust`."""
+
+    nll_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen response's negative log-probability per token (as in Llama 3.1); keeps it from falling."""
+
+    simpo_gamma: Annotated[float | None, Field(ge=0)] = None
+    """Reward margin that `simpo` aims at; by default 1."""
+
+    @property
+    def kind(self) -> PreferenceLoss:
+        """The loss, `--ipo` considered."""
+        return "ipo" if self.ipo else self.loss_type
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> PreferenceConfig:
+        if self.ipo and self.loss_type not in ("dpo", "ipo"):
+            raise ValueError(f"--ipo and --loss_type {self.loss_type} are two losses: give one of them")
+        if self.label_smoothing and self.kind not in ("dpo", "robust"):
+            raise ValueError(f"--label_smoothing {self.label_smoothing} has no meaning for {self.kind}: leave it out")
+        if self.kind == "robust" and not self.label_smoothing:
+            raise ValueError("--loss_type robust needs --label_smoothing, how often labels are wrong, e.g. 0.1")
+        if self.simpo_gamma is not None and self.kind != "simpo":
+            raise ValueError(f"--simpo_gamma {self.simpo_gamma} is for --loss_type simpo, not {self.kind}")
+        if self.nll_loss_coef and self.kind == "orpo":
+            raise ValueError("--nll_loss_coef: orpo already has that term, with weight 1; leave the option out")
+        return self
+
+
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation (DPO) and its relatives: learn from pairs of a better and a worse response."""
+
+    data: PairDataConfig
+    batch: OneEpochBatchConfig = OneEpochBatchConfig()
+    optim: PreferenceOptimConfig = PreferenceOptimConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    reference: PrecomputedReferenceConfig = PrecomputedReferenceConfig()
+
+    @model_validator(mode="after")
+    def _pairs_can_share(self) -> DPOConfig:
+        check_sharing(self.model, self.data, self.preference)
+        return self
+
+    @model_validator(mode="after")
+    def _the_reference_is_of_use(self) -> DPOConfig:
+        reference, kind = self.reference, self.preference.kind
+        given = [f"--{name}" for name in ("ref_pretrain", "ref_offload", "precompute_ref") if getattr(reference, name)]
+        if kind in REFERENCE_FREE and given:
+            raise ValueError(f"{' and '.join(given)}: {kind} has no reference model; leave it out")
+        if reference.precompute_ref and reference.ref_offload:
+            raise ValueError("--ref_offload: with --precompute_ref no reference model is held; give one of them")
+        check_offload(reference, self.lora)
+        return self
+
+
+class KTOLossConfig(Config):
+    """KTO."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.01
+    """How strongly the policy is held at the reference: higher means closer."""
+
+    desirable_loss_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of desirable rows."""
+
+    undesirable_loss_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of undesirable rows."""
+
+
+class KTOConfig(TrainConfig):
+    """Kahneman-Tversky optimisation (KTO): learn from single responses that are labelled desirable or not."""
+
+    data: LabelledDataConfig
+    batch: OneEpochBatchConfig = OneEpochBatchConfig()
+    optim: PreferenceOptimConfig = PreferenceOptimConfig()
+    kto: KTOLossConfig = KTOLossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+
+    @model_validator(mode="after")
+    def _the_reference_is_of_use(self) -> KTOConfig:
+        check_offload(self.reference, self.lora)
+        if self.batch.train_batch_size < 2:
+            raise ValueError(
+                "--train_batch_size 1: KTO compares each prompt with another sample's response; give at least 2"
+            )
+        return self
+
+
+class TeacherConfig(Config):
+    """Teacher."""
+
+    teacher_model: Folder
+    """Model to learn from, with the student's tokenizer: a folder or a Hub id."""
+
+    teacher_offload: bool = False
+    """Keep the teacher's weights on the CPU and bring them to the GPU layer by layer; at every ZeRO stage."""
+
+    cache_teacher: bool = False
+    """Compute the teacher's most likely tokens once before training and keep them on disk, for all epochs and later runs:
+    no teacher is held while training. For `--kd_loss forward_kl`."""
+
+    teacher_top_k: Count | None = None
+    """How many tokens `--cache_teacher` keeps at each place, by default 64; the others count as one."""
+
+
+class DistillationConfig(Config):
+    """Distillation."""
+
+    kd_coef: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Weight of the divergence from the teacher; 1 - kd_coef is the weight of the labels' cross-entropy."""
+
+    kd_loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
+    """Divergence: KL(teacher, student), KL(student, teacher), Jensen-Shannon (`--kd_beta`), or the forward KL from a mixture
+    (`--kd_alpha`)."""
+
+    kd_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits of both in the divergence, which is multiplied by its square to keep its weight."""
+
+    kd_beta: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Weight of the teacher in `jsd`; by default 0.5."""
+
+    kd_alpha: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Share of the teacher in the mixture of `skew_kl`; by default 0.1."""
+
+    on_policy_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the samples of each step whose responses the student writes itself, for the teacher to score."""
+
+    on_policy_temperature: Annotated[float | None, Field(gt=0)] = None
+    """Sampling temperature of the student's own responses; by default 1."""
+
+    generate_max_len: Count | None = None
+    """Longest response that the student writes itself, in tokens; by default what is left of `--max_len`, at most 256."""
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> DistillationConfig:
+        for name, kind in (("kd_beta", "jsd"), ("kd_alpha", "skew_kl")):
+            if getattr(self, name) is not None and self.kd_loss != kind:
+                raise ValueError(f"--{name} is for --kd_loss {kind}, not {self.kd_loss}: leave it out")
+        for name in ("on_policy_temperature", "generate_max_len"):
+            if getattr(self, name) is not None and not self.on_policy_fraction:
+                raise ValueError(f"--{name} is about the student's own responses: set --on_policy_fraction, e.g. 0.5")
+        if not self.kd_coef:
+            raise ValueError("--kd_coef 0 would not use the teacher at all: that is `rlhf train sft`")
+        return self
+
+
+class KDConfig(TrainConfig):
+    """Knowledge distillation: learn to predict what a larger model predicts."""
+
+    data: SFTDataConfig
+    batch: OneEpochBatchConfig = OneEpochBatchConfig()
+    teacher: TeacherConfig
+    distillation: DistillationConfig = DistillationConfig()
+
+    @model_validator(mode="after")
+    def _the_cache_can_serve(self) -> KDConfig:
+        teacher, distillation = self.teacher, self.distillation
+        if teacher.cache_teacher and distillation.kd_loss != "forward_kl":
+            raise ValueError(
+                f"--cache_teacher keeps the teacher's likeliest tokens, which {distillation.kd_loss} cannot be computed from: "
+                "use --kd_loss forward_kl"
+            )
+        if teacher.cache_teacher and distillation.on_policy_fraction:
+            raise ValueError(
+                "--on_policy_fraction writes new responses, which --cache_teacher cannot know: give one of them"
+            )
+        if teacher.cache_teacher and teacher.teacher_offload:
+            raise ValueError("--teacher_offload: with --cache_teacher no teacher is held; give one of them")
+        if teacher.teacher_top_k is not None and not teacher.cache_teacher:
+            raise ValueError("--teacher_top_k is for --cache_teacher: give both or neither")
+        if distillation.on_policy_fraction and self.data.pretrain_mode:
+            raise ValueError("--on_policy_fraction answers prompts, and --pretrain_mode has none: give one of them")
+        return self
+
+
+def check_sharing(model: ModelConfig, data: PairDataConfig, options: SharedPrefixConfig) -> None:
+    """Refuse `--share_prefix` where it cannot be."""
+    if options.share_prefix and not (model.flash_attn or data.packing_samples):
+        raise ValueError("--share_prefix needs samples laid end to end: give --flash_attn or --packing_samples with it")
+    if options.share_prefix and model.aux_loss_coef:
+        raise ValueError("--share_prefix: --aux_loss_coef balances experts over whole samples; give one of them")
+
+
+def shares_prefix(model: ModelConfig, data: PairDataConfig, options: SharedPrefixConfig) -> bool:
+    """Whether prompts of pairs are computed once."""
+    if options.share_prefix is None:
+        return (model.flash_attn or data.packing_samples) and not model.aux_loss_coef
+    return options.share_prefix
+
+
+def check_offload(reference: ReferenceConfig, lora: LoraConfig) -> None:
+    """Refuse to offload a reference that is the trained model itself."""
+    if reference.ref_offload and lora.lora_rank and reference.ref_pretrain is None:
+        raise ValueError(
+            "--ref_offload: with LoRA the reference is the base model with the adapter off, and there is nothing to offload"
+        )

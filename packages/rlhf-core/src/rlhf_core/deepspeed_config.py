@@ -41,6 +41,22 @@ def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig, *, bf16: bool
     }
 
 
+def frozen_config(*, bf16: bool, world_size: int, offload: bool) -> dict[str, Any]:
+    """The configuration of a model that is only called: its weights are split over the ranks, or kept on the CPU."""
+    return {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu" if offload else "none", "pin_memory": False},
+            "stage3_param_persistence_threshold": 10_000,
+        },
+        "wall_clock_breakdown": False,
+    }
+
+
 def clips_gradients(parallel: ParallelConfig, bf16: bool) -> bool:
     """Whether DeepSpeed clips. With plain float32 and no ZeRO it does not report the norm, so the strategy clips there."""
     return bf16 or parallel.zero_stage > 0

@@ -8,7 +8,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_core.checkpoint import CheckpointError, sync
-from rlhf_core.libraries import deepspeed
-from rlhf_core.models.policy import Policy
+from rlhf_core.libraries import gathered
+from rlhf_core.models.backbone import Backbone
 from rlhf_core.strategy import Strategy
 
 SHARD_BYTES = 4 * 10**9
@@ -32,7 +31,7 @@ STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.in
 """Weights that an export of a whole model replaces."""
 
 
-def export(policy: Policy, tokenizer: Any, folder: Path, strategy: Strategy, shard_bytes: int = SHARD_BYTES) -> None:
+def export(policy: Backbone, tokenizer: Any, folder: Path, strategy: Strategy, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model (or, with LoRA, its adapter) and its tokenizer to `folder`, as `from_pretrained` and vLLM read them.
 
     All files are written beside, and moved into place when they are complete: a model already in `folder` (which may be the
@@ -62,14 +61,14 @@ def export(policy: Policy, tokenizer: Any, folder: Path, strategy: Strategy, sha
     strategy.barrier()
 
 
-def write_adapter(policy: Policy, folder: Path, strategy: Strategy) -> None:
+def write_adapter(policy: Backbone, folder: Path, strategy: Strategy) -> None:
     trained = [p for p in policy.parameters() if p.requires_grad]
     with gathered(trained):
         if strategy.is_first:
             policy.model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def write_model(policy: Policy, folder: Path, strategy: Strategy, shard_bytes: int) -> None:
+def write_model(policy: Backbone, folder: Path, strategy: Strategy, shard_bytes: int) -> None:
     """Gather the weights a layer at a time and write them in shards on the first rank."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -113,13 +112,6 @@ def layers(base: Any) -> Iterator[dict[str, Tensor]]:
     yield from groups.values()
 
 
-def gathered(parameters: list[Tensor]) -> Any:
-    """Whole parameters where ZeRO-3 has split them; nothing to do otherwise."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        return nullcontext()
-    return deepspeed().zero.GatheredParameters(parameters)
-
-
 def name_shards(folder: Path, names: list[list[str]], total: int) -> None:
     """Give the shards their final names and write the index, as transformers does."""
     if len(names) == 1:
@@ -134,7 +126,7 @@ def name_shards(folder: Path, names: list[list[str]], total: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
-def check_export(policy: Policy, tokenizer: Any) -> None:
+def check_export(policy: Backbone, tokenizer: Any) -> None:
     """Write everything but the weights to nowhere, before training: what cannot be written is found out now."""
     with tempfile.TemporaryDirectory() as folder:
         write_configs(policy.base, Path(folder))

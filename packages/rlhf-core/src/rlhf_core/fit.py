@@ -1,4 +1,4 @@
-"""The one training loop. Every method runs in it; a method is its data and its step loss (see `Method`)."""
+"""The one training loop. Every method runs in it (see `Method`)."""
 
 from __future__ import annotations
 
@@ -8,53 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rlhf_core.batch import Batch
 from rlhf_core.checkpoint import Checkpoints, exported
 from rlhf_core.config import TrainConfig
 from rlhf_core.export import export
-from rlhf_core.metrics import Meter, Record, Sums
+from rlhf_core.method import Method, Window
+from rlhf_core.metrics import Meter, Record
+from rlhf_core.micro_batches import micro_batches
 from rlhf_core.plan import Plan
 from rlhf_core.progress import Display
 from rlhf_core.strategy import Strategy
-from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError, RunError
 from rlhf_data.sampler import Order, Progress
-
-
-class Method(Protocol):
-    """What a training method brings to the loop."""
-
-    name: str
-    train: Any
-    """Training samples: `len`, `lengths [N]`, `[i] -> Sample`, `fingerprint`."""
-    evaluation: Any
-    """Held-out samples, or None."""
-    token_budget: int | None
-    """Tokens of a packed row, or None to pad."""
-    data_report: Any
-    """What the validation of the data found, kept in the record."""
-
-    def weights(self, dataset: Any) -> np.ndarray:
-        """What each sample adds to the divisor of a step, `[N]`: its targets for a per-token loss, 1 for a per-sample one."""
-        ...
-
-    def collate(self, samples: list[Any]) -> Batch:
-        """Samples to a batch."""
-        ...
-
-    def loss(self, policy: Any, batch: Batch) -> tuple[Tensor, Sums]:
-        """The summed loss of a micro-batch, and metrics as (sum, count). Must be linear in samples."""
-        ...
-
-    def report(self, means: dict[str, float]) -> dict[str, float]:
-        """Metrics as they are logged, from their means: what is not linear (a perplexity) is computed here."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +65,6 @@ class Fit:
         self.method, self.engine, self.tokenizer = method, engine, tokenizer
         self.strategy, self.config, self.plan = strategy, config, plan
         self.checkpoints = Checkpoints(config.checkpoint, strategy)
-        self.weights = method.weights(method.train)
         self.meter = Meter()
         self.position = Position()
         self.record: Record | None = None
@@ -154,11 +123,12 @@ class Fit:
 
         The loss is a sum divided by the step's global count, so micro-batches, packing and ranks do not change it.
         """
-        count = float(self.weights[window].sum())
-        micro_batches = list(self.micro_batches(self.method.train, window))
-        for number, batch in enumerate(micro_batches, start=1):
-            loss, sums = self.method.loss(self.engine, batch.to(self.strategy.device))
-            self.strategy.backward(self.engine, loss, count, last=number == len(micro_batches))
+        samples = self.method.begin_step(self.engine, Window(self.method.train, window), self)
+        count = self.method.divisor(samples)
+        batches = [batch for _, batch in self.micro_batches(samples)]
+        for number, batch in enumerate(batches, start=1):
+            loss, sums = self.method.loss(self.engine, batch)
+            self.strategy.backward(self.engine, loss, count, last=number == len(batches))
             self.meter.add(sums)
         norm = self.strategy.step(self.engine)
         if not math.isfinite(norm):
@@ -168,15 +138,16 @@ class Fit:
             )
         return norm
 
-    def micro_batches(self, dataset: Any, window: np.ndarray) -> Iterator[Batch]:
-        """This rank's share of a window, in micro-batches; every rank has as many."""
-        lengths, size = dataset.lengths[window], self.config.batch.micro_train_batch_size
-        plan = plan_micro_batches(lengths, self.strategy.world_size, size, self.method.token_budget)
-        for places in plan[self.strategy.rank]:
-            if len(places):
-                yield self.method.collate([dataset[int(i)] for i in window[places]])
-            else:
-                yield self.method.collate([dataset[int(window[0])]]).without_targets()
+    def micro_batches(self, window: Window, collate: Any = None) -> Iterator[tuple[np.ndarray, Batch]]:
+        """This rank's micro-batches of a window, and where in it their samples are."""
+        size = self.config.batch.micro_train_batch_size
+        return micro_batches(window, collate or self.method.collate, self.strategy, size, self.method.token_budget)
+
+    def parts(self, dataset: Any) -> Iterator[Window]:
+        """A data set in order, as many samples at a time as an optimizer step has."""
+        size = self.config.batch.train_batch_size
+        for start in range(0, len(dataset), size):
+            yield Window(dataset, np.arange(start, min(start + size, len(dataset))))
 
     def training_row(self) -> dict[str, float]:
         """The method's metrics since the last such row."""
@@ -194,11 +165,11 @@ class Fit:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Metrics over every held-out sample exactly once, with `eval_` before their names."""
-        dataset, size, meter = self.method.evaluation, self.config.batch.train_batch_size, Meter()
+        meter = Meter()
         self.engine.eval()
-        for start in range(0, len(dataset), size):
-            for batch in self.micro_batches(dataset, np.arange(start, min(start + size, len(dataset)))):
-                meter.add(self.method.loss(self.engine, batch.to(self.strategy.device))[1])
+        for part in self.parts(self.method.evaluation):
+            for _, batch in self.micro_batches(self.method.begin_step(self.engine, part, self)):
+                meter.add(self.method.loss(self.engine, batch)[1])
         self.engine.train()
         return {f"eval_{name}": value for name, value in self.method.report(meter.means(self.strategy)).items()}
 
@@ -231,6 +202,7 @@ class Fit:
             "seed": config.batch.seed,
             "bf16": config.model.bf16,
             "lora": config.lora.model_dump(),
+            **self.method.identity(),
         }
 
     def save(self) -> None:

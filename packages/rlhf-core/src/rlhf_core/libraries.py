@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 
@@ -31,3 +32,15 @@ def deepspeed() -> Any:
     # A shared-memory all-reduce for CPU inference: half a minute of compiling, and an error where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def gathered(parameters: list[Any], *, write: bool = False) -> Any:
+    """Whole parameters where ZeRO-3 has split them, nothing to do otherwise.
+
+    Args:
+        parameters: to be made whole while the context lasts.
+        write: whether what the first rank writes to them is to be kept, for all ranks.
+    """
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    return deepspeed().zero.GatheredParameters(parameters, modifier_rank=0 if write else None)

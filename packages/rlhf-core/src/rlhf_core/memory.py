@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import copy
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rlhf_core.config import TrainConfig
+from rlhf_core.config import ModelConfig, TrainConfig
 from rlhf_core.deepspeed_config import grad_accum_dtype
 from rlhf_data.errors import InputError
 
@@ -19,16 +20,22 @@ class Memory:
     optimizer: float
     activations: float
     head: float
+    frozen: float = 0.0
+    """The reference model, or the teacher."""
     offloaded: float = 0.0
 
     @property
     def total(self) -> float:
         """What the device holds at the worst moment."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.frozen
 
     def format(self, available: float) -> str:
         """One line per component that matters, and a warning if it will not fit."""
-        parts = ", ".join(f"{f.name} {size(getattr(self, f.name))}" for f in fields(self) if f.name != "offloaded")
+        parts = ", ".join(
+            f"{f.name} {size(getattr(self, f.name))}"
+            for f in fields(self)
+            if f.name != "offloaded" and (f.name != "frozen" or self.frozen)
+        )
         host = f"; on the host {size(self.offloaded)}" if self.offloaded else ""
         short = f"\n              WARNING: more than the {size(available)} there are" if self.total > available else ""
         return f"about {size(self.total)} per rank ({parts}){host}{short}"
@@ -50,25 +57,20 @@ def available_memory(ranks_here: int) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here
 
 
-def count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:
-    """All and trained parameters, from the architecture alone (no weights, no memory)."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def count_parameters(config: TrainConfig, model_config: Any, reward_head: Any = None) -> tuple[int, int]:
+    """All and trained parameters, from the architecture alone (no weights, no memory).
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--pretrain {config.model.pretrain} ({model_config.model_type}) is no causal language model: {reason}"
-        ) from error
+    Raises:
+        InputError: the architecture has no causal language model (or, with a head, no reward model) in transformers, or
+            modules to adapt do not exist.
+    """
+    model = skeleton(config.model, model_config, reward_head)
     total = sum(p.numel() for p in model.parameters())
     lora = config.lora
     if not lora.lora_rank:
         return total, total
     names = None if lora.target_modules == ["all-linear"] else tuple(lora.target_modules)
-    head = model.get_output_embeddings()
+    head = getattr(model, "score", None) if reward_head else model.get_output_embeddings()
     linear = [
         module
         for name, module in model.named_modules()
@@ -80,7 +82,48 @@ def count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:
             f"it has {', '.join(sorted({name.rsplit('.', 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}))}"
         )
     added = sum(lora.lora_rank * (module.in_features + module.out_features) for module in linear)
-    return total + added, added
+    return total + added, added + (head.weight.numel() if reward_head else 0)
+
+
+def skeleton(options: ModelConfig, model_config: Any, reward_head: Any = None) -> Any:
+    """A model without weights.
+
+    Raises:
+        InputError: the architecture has no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind, what = AutoModelForCausalLM, "causal language model"
+    if reward_head:
+        kind, what = AutoModelForSequenceClassification, "sequence classification model, which a reward model is,"
+        model_config = copy.deepcopy(model_config)
+        model_config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(model_config, trust_remote_code=options.trust_remote_code)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--pretrain {options.pretrain} ({model_config.model_type}) is no {what} in transformers: {reason}"
+        ) from error
+    if reward_head and type(getattr(model, "score", None)) is not torch.nn.Linear:
+        raise InputError(
+            f"--pretrain {options.pretrain} ({model_config.model_type}): transformers' {type(model).__name__} has no linear "
+            "head called `score`, which reward models need here"
+        )
+    return model
+
+
+def with_frozen(memory: Memory, config: TrainConfig, frozen_config: Any, world_size: int, frozen: Any) -> Memory:
+    """The same with the weights of a frozen model."""
+    options = config.model.model_copy(update={"pretrain": frozen.name})
+    weights = sum(p.numel() for p in skeleton(options, frozen_config).parameters()) * (
+        2.0 if config.model.bf16 else 4.0
+    )
+    if frozen.offload:
+        return replace(memory, offloaded=memory.offloaded + weights / world_size)
+    return replace(memory, frozen=weights / (world_size if config.parallel.zero_stage == 3 else 1))
 
 
 def estimate_memory(config: TrainConfig, text: Any, total: int, trained: int, tokens: int, world_size: int) -> Memory:

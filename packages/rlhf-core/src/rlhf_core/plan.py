@@ -13,7 +13,8 @@ import numpy as np
 
 from rlhf_core.checkpoint import Checkpoints, nearest_existing
 from rlhf_core.config import TrainConfig
-from rlhf_core.memory import Memory, available_memory, count_parameters, estimate_memory
+from rlhf_core.memory import Memory, available_memory, count_parameters, estimate_memory, with_frozen
+from rlhf_core.method import Method
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError
 from rlhf_data.sampler import Order
@@ -71,27 +72,32 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, model_config: Any, train: Any, evaluation: Any, world_size: int, budget: int | None
+    config: TrainConfig, model_config: Any, method: Method, world_size: int, frozen_config: Any = None
 ) -> Plan:
     """Derive the plan and refuse what cannot work.
 
     Args:
         config: the run's options.
         model_config: the model's architecture (a transformers config).
-        train: the training samples, with `lengths` and `num_targets`.
-        evaluation: the held-out samples, or None.
+        method: the samples and how they are laid out.
         world_size: number of ranks.
-        budget: tokens of a packed row, or None for padding.
+        frozen_config: architecture of the frozen model, if there is one.
 
     Raises:
         InputError: a sample is longer than the model's context, or modules to adapt do not exist.
     """
-    check_context(config, model_config, max(int(d.lengths.max()) for d in (train, evaluation) if d is not None))
+    train, evaluation, budget = method.train, method.evaluation, method.token_budget
+    check_context(config.model.pretrain, model_config, method.longest)
+    if method.frozen:
+        check_context(method.frozen.name, frozen_config, method.longest)
     steps = math.ceil(len(train) / config.batch.train_batch_size)
     layout = "packed" if budget else "ragged" if config.model.flash_attn else "padded"
     micro_batches, utilisation = survey(config, train, world_size, budget)
     largest = largest_micro_batch(train.lengths, config.batch.micro_train_batch_size, layout, budget)
-    total, trained = count_parameters(config, model_config)
+    total, trained = count_parameters(config, model_config, method.head)
+    memory = estimate_memory(config, model_config.get_text_config(), total, trained, largest, world_size)
+    if method.frozen and not method.frozen.cached:
+        memory = with_frozen(memory, config, frozen_config, world_size, method.frozen)
     return Plan(
         world_size=world_size,
         samples=len(train),
@@ -106,7 +112,7 @@ def make_plan(
         utilisation=utilisation,
         parameters=total,
         trained_parameters=trained,
-        memory=estimate_memory(config, model_config.get_text_config(), total, trained, largest, world_size),
+        memory=memory,
         available_memory=available_memory(world_size // config.parallel.num_nodes),
         writes=writes(config),
     )
@@ -176,11 +182,11 @@ def check_batches(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def check_context(config: TrainConfig, model_config: Any, longest: int) -> None:
+def check_context(name: str, model_config: Any, longest: int) -> None:
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
         raise InputError(
-            f"the longest sample has {longest} tokens and {config.model.pretrain} takes {limit}: set --max_len {limit} or less"
+            f"the longest sample has {longest} tokens and {name} takes {limit}: set --max_len {limit} or less"
         )
 
 

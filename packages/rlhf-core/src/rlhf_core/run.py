@@ -49,9 +49,14 @@ def run(
         )
     if strategy:
         check_same_data(strategy, method)
-    plan = make_plan(config, model_config, method.train, method.evaluation, world_size, method.token_budget)
+    others = {}
+    if method.frozen:
+        options = config.model.model_copy(update={"pretrain": method.frozen.name, "aux_loss_coef": 0.0})
+        others[method.frozen.name] = load_model_config(options, method.frozen.option)
+    plan = make_plan(config, model_config, method, world_size, *others.values())
     if plan.layout != "padded":
-        check_ragged(config.model.pretrain, model_config.get_text_config(), int(method.train.lengths.max()))
+        for name, architecture in ({config.model.pretrain: model_config} | others).items():
+            check_ragged(name, architecture.get_text_config(), method.longest)
     if strategy is None or strategy.is_first:
         print(method.data_report.format(), plan.format(config), sep="\n\n", flush=True)
     if strategy:
@@ -75,28 +80,22 @@ def check_same_data(strategy: Any, method: Any) -> None:
 
 def train(config: TrainConfig, strategy: Any, method: Any, tokenizer: Any, model_config: Any, plan: Any) -> None:
     """Load, train, export."""
-    import torch
-
     from rlhf_core.export import check_export, export
     from rlhf_core.fit import Fit
-    from rlhf_core.models.attention import padded_implementation, ragged_implementation
-    from rlhf_core.models.load import load_model
-    from rlhf_core.models.policy import Policy, check_policy
+    from rlhf_core.models.loader import Models
 
-    text_config = model_config.get_text_config()
-    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    attention = padded_implementation(text_config)
-    if plan.layout != "padded":
-        attention, why = ragged_implementation(strategy.device, dtype)
-        strategy.say(f"attention: {why}")
-    stage3 = strategy.deepspeed_config() if config.parallel.zero_stage == 3 else None
-    model = load_model(config.model, config.lora, attn_implementation=attention, deepspeed=stage3)
-    policy = Policy(model, ragged=plan.layout != "padded", balance=bool(config.model.aux_loss_coef))
+    models = Models(config, strategy, method, ragged=plan.layout != "padded")
+    method.prepare(models)
+    model = models.trained(model_config)
     if strategy.is_first:
-        check_export(policy, tokenizer)
-    engine = strategy.prepare(policy, plan.total_steps)
+        check_export(model, tokenizer)
+    engine = strategy.prepare(model, plan.total_steps)
     engine.eval()
-    check_policy(engine, text_config.vocab_size, strategy.device, dtype)
-    Fit(method, engine, tokenizer, strategy, config, plan).run()
-    export(policy, tokenizer, Path(config.checkpoint.save_path), strategy)
+    models.check(engine, model_config, "rewards" if method.head else "token_logps")
+    if method.frozen:
+        method.frozen_model = models.frozen(method.frozen)
+    fit = Fit(method, engine, tokenizer, strategy, config, plan)
+    fit.run()
+    method.finish(fit)
+    export(model, tokenizer, Path(config.checkpoint.save_path), strategy)
     strategy.say(f"saved {config.checkpoint.save_path}")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_core.config import TrainConfig
-from rlhf_core.deepspeed_config import clips_gradients, deepspeed_config
+from rlhf_core.deepspeed_config import clips_gradients, deepspeed_config, frozen_config
 from rlhf_core.libraries import deepspeed
 
 T = TypeVar("T")
@@ -77,6 +77,27 @@ class Strategy:
         torch.manual_seed(self.config.batch.seed + self.rank)  # dropout differs between ranks, weights did not
         return engine
 
+    def prepare_frozen(self, model: nn.Module, *, offload: bool) -> Any:
+        """Put a model that is not trained where it computes: whole on the device, or split over the ranks under ZeRO-3.
+
+        Args:
+            model: without gradients.
+            offload: keep its weights on the CPU; each layer is brought to the device when it is used.
+
+        Returns:
+            Something to call like the module.
+        """
+        if not (offload or self.config.parallel.zero_stage == 3):
+            return model.to(self.device)
+        with redirect_stdout(None):
+            engine, *_ = deepspeed().initialize(
+                model=model, config=self.frozen_config(offload), dist_init_required=False
+            )
+        return engine.eval()
+
+    def frozen_config(self, offload: bool) -> dict[str, Any]:
+        return frozen_config(bf16=self.config.model.bf16, world_size=self.world_size, offload=offload)
+
     def _optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
         """AdamW; norms and biases (everything with fewer than two dimensions) do not decay."""
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -127,6 +148,14 @@ class Strategy:
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on the first rank; nothing on the others."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.gather_object(value, box if self.is_first else None)
+        return box if self.is_first else []
 
     def share(self, compute: Callable[[], T]) -> T:
         """Run `compute` on the first rank and give its (small) result to every rank."""

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config import LoraConfig, ModelConfig
+from rlhf_core.models.reward import HEAD, RewardHead, initialise_head
 from rlhf_data.errors import InputError
+
+PRETRAIN = "--pretrain"
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 OTHER_ROUTERS = ("n_routed_experts", "n_group", "scoring_func")
@@ -20,8 +23,12 @@ MASKED_WINDOWS = ("phimoe", "doge", "qwen2_moe")
 """Models whose sliding window is in the attention mask only."""
 
 
-def load_model_config(model: ModelConfig) -> Any:
+def load_model_config(model: ModelConfig, option: str = PRETRAIN) -> Any:
     """The model's architecture, without its weights.
+
+    Args:
+        model: which model.
+        option: the option that named it, for errors.
 
     Raises:
         InputError: there is no such folder or model, its config cannot be read, or an option does not fit it.
@@ -29,11 +36,11 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     if looks_local(model.pretrain):
-        check_folder(Path(model.pretrain).expanduser())
+        check_folder(Path(model.pretrain).expanduser(), option)
     try:
         config = AutoConfig.from_pretrained(model.pretrain, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers checks configs in many ways, each with errors of its own
-        raise InputError(f"--pretrain {model.pretrain}: {' '.join(str(error).split())[:500]}") from error
+        raise InputError(f"{option} {model.pretrain}: {' '.join(str(error).split())[:500]}") from error
     text = config.get_text_config()
     if model.aux_loss_coef and not any(getattr(text, name, None) for name in EXPERTS):
         raise InputError(
@@ -62,38 +69,38 @@ def looks_local(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~", ".")) or Path(name).expanduser().is_dir()
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, option: str = PRETRAIN) -> None:
     """Look at a model folder closely enough to refuse a broken one before anything is loaded."""
     if not folder.is_dir():
-        raise InputError(f"--pretrain {folder}: there is no such folder")
+        raise InputError(f"{option} {folder}: there is no such folder")
     if (folder / "adapter_config.json").is_file():
-        raise InputError(f"--pretrain {folder} is an adapter, not a whole model: merge it into its base model first")
+        raise InputError(
+            f"{option} {folder} is an adapter, not a whole model: fold it into its base model with `rlhf merge` first"
+        )
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"--pretrain {folder}: there is no config.json, so this is not a model folder in Hugging Face format"
+            f"{option} {folder}: there is no config.json, so this is not a model folder in Hugging Face format"
         )
     try:
         json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise InputError(f"--pretrain {folder}: config.json is not valid JSON ({error})") from error
+        raise InputError(f"{option} {folder}: config.json is not valid JSON ({error})") from error
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not list(folder.glob("*.bin")):
-        raise InputError(f"--pretrain {folder}: there are no weights (*.safetensors) in it")
+        raise InputError(f"{option} {folder}: there are no weights (*.safetensors) in it")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--pretrain {folder}: {index.name} is not a readable index of weights ({error})"
-            ) from error
+            raise InputError(f"{option} {folder}: {index.name} is not a readable index of weights ({error})") from error
         if missing := sorted(path.name for path in named if not path.is_file()):
-            raise InputError(f"--pretrain {folder}: {index.name} names {', '.join(missing)}, which is not there")
+            raise InputError(f"{option} {folder}: {index.name} names {', '.join(missing)}, which is not there")
     for path in weights:
-        check_safetensors(path)
+        check_safetensors(path, option)
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path, option: str) -> None:
     """Compare a file's size with what its header promises: a cut-off download is told apart without reading it."""
     size = path.stat().st_size
     try:
@@ -104,60 +111,80 @@ def check_safetensors(path: Path) -> None:
             header = json.loads(file.read(length))
         end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--pretrain: {path} is not a readable safetensors file ({error})") from error
+        raise InputError(f"{option}: {path} is not a readable safetensors file ({error})") from error
     if size != end:
-        raise InputError(f"--pretrain: {path} is damaged: it has {size} bytes and should have {end}")
+        raise InputError(f"{option}: {path} is damaged: it has {size} bytes and should have {end}")
 
 
 def load_model(
-    model: ModelConfig, lora: LoraConfig, *, attn_implementation: str | None, deepspeed: dict[str, Any] | None = None
+    model: ModelConfig,
+    lora: LoraConfig | None,
+    *,
+    attn_implementation: str | None,
+    deepspeed: dict[str, Any] | None = None,
+    option: str = PRETRAIN,
+    head: RewardHead | None = None,
 ) -> Any:
-    """A causal language model ready to train: number format, attention, quantisation, adapters, checkpointing.
+    """A model ready to train: number format, attention, quantisation, adapters, checkpointing.
 
     Args:
         model: which model and how.
-        lora: adapters, if any.
+        lora: adapters, if any; None for a frozen model.
         attn_implementation: transformers' name of the attention; None for its own choice.
         deepspeed: the DeepSpeed configuration when its ZeRO stage is 3, so that weights are split while loading.
+        option: the option that named the model, for errors.
+        head: of a reward model; None for a causal language model.
 
     Raises:
         InputError: the weights cannot be loaded, or an option does not fit the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
+    quantised = lora is not None and lora.load_in_4bit
     try:
         with split_while_loading(deepspeed):
-            loaded, found = AutoModelForCausalLM.from_pretrained(
+            loaded, found = auto_class(head).from_pretrained(
                 model.pretrain,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 trust_remote_code=model.trust_remote_code,
-                quantization_config=four_bit(dtype) if lora.load_in_4bit else None,
+                quantization_config=four_bit(dtype) if quantised else None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **(head.loading() if head else {}),
             )
     except ImportError as error:
         needs = (
             "--load_in_4bit needs bitsandbytes: pip install 'rlhf-core[qlora]'"
-            if lora.load_in_4bit
-            else f"--pretrain {model.pretrain}"
+            if quantised
+            else f"{option} {model.pretrain}"
         )
         raise InputError(f"{needs} ({first_line(error)})") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"--pretrain {model.pretrain}: the model cannot be loaded: {first_line(error)}") from error
-    check_complete(model.pretrain, found)
+        raise InputError(f"{option} {model.pretrain}: the model cannot be loaded: {first_line(error)}") from error
+    check_complete(f"{option} {model.pretrain}", found, new=(f"{HEAD}.weight",) if head and head.found is None else ())
+    if head and head.found is None:
+        initialise_head(loaded, head.seed)
     loaded.config.use_cache = False
+    if lora is None:
+        return loaded.eval().requires_grad_(False)
     if lora.lora_rank:
-        loaded = with_adapter(loaded, lora)
+        loaded = with_adapter(loaded, lora, "SEQ_CLS" if head else "CAUSAL_LM")
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": model.gradient_checkpointing_use_reentrant})
         if lora.lora_rank or model.gradient_checkpointing_use_reentrant:
             loaded.enable_input_require_grads()
     return loaded
+
+
+def auto_class(head: RewardHead | None) -> Any:
+    """The class of transformers that loads a language model, or a reward model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if head else AutoModelForCausalLM
 
 
 @contextmanager
@@ -176,17 +203,22 @@ def split_while_loading(deepspeed: dict[str, Any] | None) -> Iterator[None]:
             unset_hf_deepspeed_config()
 
 
-def check_complete(name: str, found: dict[str, Any]) -> None:
-    """Refuse to train what transformers made up: it fills in weights that the files lack at random, and only warns."""
+def check_complete(name: str, found: dict[str, Any], new: tuple[str, ...] = ()) -> None:
+    """Refuse to train what transformers made up: it fills in weights that the files lack at random, and only warns.
+
+    Args:
+        name: option and model, for the error.
+        found: what transformers says of its loading.
+        new: weights that may be missing, because they are made anew.
+    """
     if found["mismatched_keys"]:
         weight, there, wanted = sorted(found["mismatched_keys"])[0]
         raise InputError(
-            f"--pretrain {name}: the weights do not fit config.json: {weight} is {list(there)} in the files and {list(wanted)} by the config"
+            f"{name}: the weights do not fit config.json: {weight} is {list(there)} in the files and {list(wanted)} by the config"
         )
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+    if missing := sorted(set(found["missing_keys"]) - set(new)):
         raise InputError(
-            f"--pretrain {name}: the files lack {len(missing)} of the weights that config.json asks for, such as {missing[0]}"
+            f"{name}: the files lack {len(missing)} of the weights that config.json asks for, such as {missing[0]}"
         )
 
 
@@ -195,12 +227,16 @@ def four_bit(dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", HEAD],
     )
 
 
-def with_adapter(model: Any, lora: LoraConfig) -> Any:
-    """Freeze the model and add LoRA matrices. Source: Hu et al. 2021, eq. 3 (arXiv:2106.09685)."""
+def with_adapter(model: Any, lora: LoraConfig, task: str) -> Any:
+    """Freeze the model and add LoRA matrices; a reward model's head is trained whole. Source: Hu et al. 2021, eq. 3 (arXiv:2106.09685)."""
     import peft
 
     whole = lora.target_modules == ["all-linear"]
@@ -216,7 +252,7 @@ def with_adapter(model: Any, lora: LoraConfig) -> Any:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules="all-linear" if whole else lora.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         return peft.get_peft_model(model, adapter)

@@ -1,0 +1,163 @@
+"""What a frozen model says of every sample, computed once and kept on disk: reference log-probs, a teacher's likeliest tokens.
+
+Written in order, window by window, with a mark of how far it got: a killed run goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from rlhf_core.method import Window
+from rlhf_core.strategy import Strategy
+from rlhf_data.errors import InputError, RunError
+
+Rows = dict[str, np.ndarray]
+"""Values of one sample by column, `[rows of the sample, …]` each."""
+
+Compute = Callable[[Window], Iterator[tuple[int, Rows]]]
+"""This rank's part of a window: places in it, and their rows."""
+
+WINDOW = 256
+"""Samples between two marks: what a kill can cost."""
+
+
+class SampleCache:
+    """Rows of values for every sample of a data set, memory-mapped.
+
+    Args:
+        folder: where all caches are.
+        key: names what determines the values (see `cache_key`).
+        counts: rows of each sample, int `[N]`.
+        columns: number format and width of each column; width 0 for one number per row.
+    """
+
+    def __init__(
+        self, folder: Path, key: str, counts: np.ndarray, columns: dict[str, tuple[np.dtype[Any], int]]
+    ) -> None:
+        self.folder = folder / key
+        self.bounds = np.concatenate([[0], np.cumsum(counts)])
+        self.columns = columns
+
+    def __getitem__(self, number: int) -> Rows:
+        """The rows of one sample."""
+        start, stop = self.bounds[number], self.bounds[number + 1]
+        return {name: np.array(array[start:stop]) for name, array in self._open("r").items()}
+
+    def done(self) -> int:
+        """How many samples are complete."""
+        try:
+            return int(json.loads((self.folder / "done.json").read_text())["samples"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def fill(self, dataset: Any, compute: Callable[[], Compute], strategy: Strategy, what: str) -> None:
+        """Compute what is missing.
+
+        Args:
+            dataset: the samples.
+            compute: called if anything is missing; loads the model and returns what computes a window.
+            strategy: the ranks; the first one writes.
+            what: shown while it goes on.
+
+        Raises:
+            InputError: the folder is not shared by all ranks.
+            RunError: it cannot be written.
+        """
+        total, start = len(self.bounds) - 1, strategy.share(self.done)
+        if start < total:
+            work = compute()
+            bar = tqdm(total=total, initial=start, desc=what, unit=" samples", disable=not strategy.is_first)
+            with bar:
+                while start < total:
+                    numbers = np.arange(start, min(start + WINDOW, total))
+                    parts = strategy.gather(list(work(Window(dataset, numbers))))
+                    if strategy.is_first:
+                        self._write(int(numbers[0]), dict(item for part in parts for item in part))
+                    start += len(numbers)
+                    bar.update(len(numbers))
+        strategy.barrier()
+        (seen,) = strategy.sum([float(self.done() == total)])
+        if seen < strategy.world_size:
+            raise InputError(
+                f"--data_cache_dir: {self.folder.parent} is not one folder for all ranks; name one that all nodes share"
+            )
+
+    def _write(self, first: int, rows: dict[int, Rows]) -> None:
+        """Write the samples from `first` on, then move the mark behind them."""
+        try:
+            if not (self.folder / "done.json").is_file():
+                self._create()
+            arrays = self._open("r+")
+            for place, values in rows.items():
+                start, stop = self.bounds[first + place], self.bounds[first + place + 1]
+                for name, array in arrays.items():
+                    array[start:stop] = values[name]
+            for array in arrays.values():
+                array.flush()  # type: ignore[attr-defined]
+            self._mark(first + len(rows))
+        except OSError as error:
+            raise RunError(
+                f"{self.folder} cannot be written ({error.strerror or error}); free some space or name another folder with "
+                "--data_cache_dir; what was computed is kept"
+            ) from error
+
+    def _create(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        for name, (dtype, width) in self.columns.items():
+            shape = (int(self.bounds[-1]), width) if width else (int(self.bounds[-1]),)
+            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape).flush()
+        self._mark(0)
+
+    def _mark(self, samples: int) -> None:
+        part = self.folder / ".done.json"
+        part.write_text(json.dumps({"samples": samples}))
+        part.replace(self.folder / "done.json")
+
+    def _open(self, mode: Any) -> Rows:
+        if mode == "r" and hasattr(self, "_arrays"):
+            return self._arrays
+        arrays = {
+            name: np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in self.columns
+        }
+        if mode == "r":
+            self._arrays = arrays
+        return arrays
+
+
+class Cached:
+    """A data set whose samples come with the rows of a cache: `[i] -> (sample, rows)`; everything else is the data set's."""
+
+    def __init__(self, dataset: Any, cache: SampleCache) -> None:
+        self.dataset, self.cache = dataset, cache
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> tuple[Any, Rows]:
+        return self.dataset[number], self.cache[number]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+
+def cache_key(**parts: Any) -> str:
+    """A name for what these parts (all JSON) determine."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def model_identity(name: str, config: Any) -> dict[str, Any]:
+    """What tells a model from all others, without reading its weights: its files' names, sizes and times; on the Hub, the commit."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return {"name": name, "commit": getattr(config, "_commit_hash", None)}
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".model"))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}

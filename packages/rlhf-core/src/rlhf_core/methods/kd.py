@@ -1,0 +1,262 @@
+"""Knowledge distillation: predict what a teacher predicts, on given responses or on the student's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+from rlhf_core.cache import Cached, Compute, Rows, SampleCache, cache_key, model_identity
+from rlhf_core.config import KDConfig
+from rlhf_core.generate import sample_responses
+from rlhf_core.method import Frozen, InMemory, Method, Window
+from rlhf_core.methods.terms import balanced, is_training, perplexity, prompt_length, token_budget
+from rlhf_core.metrics import Sums
+from rlhf_core.micro_batches import micro_batches
+from rlhf_core.run import run
+from rlhf_data.encode import Sample
+from rlhf_data.errors import InputError
+from rlhf_data.sft import prepare_sft
+from rlhf_data.store import cache_dir
+from rlhf_data.tokenizer import load_tokenizer
+from rlhf_losses import linear_distillation_sum, linear_topk_distillation_sum, linear_topk_logps
+
+OWN_LENGTH = 256
+"""Longest response that the student writes itself, unless told otherwise."""
+
+
+class KD(Method):
+    """(1 - c) cross-entropy of the labels + c T² divergence from the teacher at temperature T, mean over all targets of a step.
+
+    Both terms are taken at the same places: those that predict a target, the first response token and EOS included.
+    Responses that the student wrote itself have no labels, only the divergence.
+    """
+
+    name = "kd"
+
+    def __init__(self, config: KDConfig, tokenizer: Any) -> None:
+        teacher = config.teacher
+        self.frozen = Frozen(
+            "teacher", "--teacher_model", teacher.teacher_model, teacher.teacher_offload, teacher.cache_teacher
+        )
+        self.vocabulary = shared_vocabulary(config, tokenizer)
+        data = prepare_sft(config.data, tokenizer, seed=config.batch.seed)
+        self.train, self.evaluation, self.data_report = data.train, data.eval, data.report
+        self.config, self.options = config, config.distillation
+        self.token_budget = token_budget(config)
+        self.eos_id = int(tokenizer.eos_token_id)
+
+    def prepare(self, models: Any) -> None:
+        """With `--cache_teacher`, the teacher's likeliest tokens at every target, from the cache or computed now."""
+        frozen, config, loaded = self.frozen, self.config, []
+        if not (frozen and frozen.cached):
+            return
+        teacher_config = models.config_of(frozen)
+        k = min(config.teacher.teacher_top_k or 64, self.vocabulary)
+
+        def compute() -> Compute:
+            loaded.append(models.frozen(frozen))
+            return lambda window: self.teacher_rows(loaded[0], window, models.strategy, k)
+
+        identity = model_identity(frozen.name, teacher_config)
+        for which, dataset in (("train", self.train), ("evaluation", self.evaluation)):
+            if dataset is not None:
+                key = cache_key(what="teacher", model=identity, data=dataset.fingerprint, bf16=config.model.bf16, k=k,
+                                vocabulary=self.vocabulary, temperature=self.options.kd_temperature)  # fmt: skip
+                columns = {"logps": (np.dtype("f4"), k), "tokens": (np.dtype("i4"), k)}
+                cache = SampleCache(cache_dir(config.data.data_cache_dir), key, dataset.num_targets, columns)
+                cache.fill(dataset, compute, models.strategy, f"teacher's likeliest tokens ({which})")
+                setattr(self, which, Cached(dataset, cache))
+        self.frozen = None
+
+    def teacher_rows(self, teacher: Any, window: Window, strategy: Any, k: int) -> Iterator[tuple[int, Rows]]:
+        """The teacher's `k` likeliest tokens at the targets of this rank's part of a window."""
+
+        def likeliest(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
+            return linear_topk_logps(
+                hidden, weight, k, temperature=self.options.kd_temperature, vocabulary=self.vocabulary, **head
+            )
+
+        size = self.config.batch.micro_train_batch_size
+        for places, batch in micro_batches(window, Batch.from_samples, strategy, size, self.token_budget):
+            with torch.no_grad():
+                (logps, tokens), _ = teacher("at_targets", batch, likeliest)
+            bounds = batch.target_bounds.tolist()
+            for place, start, stop in zip(places, bounds, bounds[1:], strict=False):
+                yield int(place), {"logps": logps[start:stop].cpu().numpy(), "tokens": tokens[start:stop].cpu().numpy()}
+
+    def begin_step(self, engine: Any, window: Window, run: Any) -> Window:
+        """With `--on_policy_fraction`, some of the samples with responses that the student writes now."""
+        count = round(self.options.on_policy_fraction * len(window))
+        if not (count and is_training(engine)):
+            return window
+        step, seed = run.position.step, self.config.batch.seed
+        chosen = np.sort(np.random.default_rng([seed, step]).choice(len(window), count, replace=False))
+        own = self.own_samples(engine, [window[int(place)] for place in chosen], chosen, run)
+        replaced = dict(zip(chosen.tolist(), own, strict=True))
+        samples = [(replaced.get(place) or window[place], place not in replaced) for place in range(len(window))]
+        lengths = np.array([len(sample) for sample, _ in samples])
+        targets = np.array([int(sample.target_mask.sum()) for sample, _ in samples])
+        return InMemory(samples, lengths, targets).window()
+
+    def own_samples(self, engine: Any, samples: list[Sample], places: np.ndarray, run: Any) -> list[Sample]:
+        """The prompts of some samples with responses that the student writes: each rank its part, all ranks get all."""
+        config, strategy = self.config, run.strategy
+        prompts = [sample.input_ids[: prompt_length(sample)] for sample in samples]
+        longest = self.options.generate_max_len or OWN_LENGTH
+        room = [min(longest, config.data.max_len - len(prompt)) for prompt in prompts]
+        each = -(-len(prompts) // strategy.world_size)
+        mine = [n % len(prompts) for n in range(strategy.rank * each, (strategy.rank + 1) * each)]
+        written: list[np.ndarray] = []
+        engine.eval()
+        size = config.batch.micro_train_batch_size
+        for start in range(0, each, size):
+            part = mine[start : start + size]
+            written += sample_responses(
+                engine.module,
+                [prompts[n] for n in part],
+                [[config.batch.seed, run.position.step, int(places[n])] for n in part],
+                [room[n] for n in part],
+                strategy,
+                eos_id=self.eos_id,
+                temperature=self.options.on_policy_temperature or 1.0,
+            )
+        engine.train()
+        parts = strategy.gather(written)
+        responses = strategy.share(lambda: [response for part in parts for response in part])[: len(prompts)]
+        return [answered(prompt, response, self.eos_id) for prompt, response in zip(prompts, responses, strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """With the student's own responses, what they can come to."""
+        given = super().longest
+        own = given + (self.options.generate_max_len or OWN_LENGTH)
+        return max(given, min(own, self.config.data.max_len)) if self.options.on_policy_fraction else given
+
+    def divisor(self, window: Window) -> float:
+        return float(window.num_targets.sum())
+
+    def collate(self, samples: list[Any]) -> Batch:
+        if isinstance(self.train, Cached):
+            columns = {
+                name: torch.from_numpy(np.concatenate([rows[name] for _, rows in samples]))
+                for name in ("logps", "tokens")
+            }
+            return Batch.from_samples([sample for sample, _ in samples], **columns)
+        pairs = [sample if isinstance(sample, tuple) else (sample, True) for sample in samples]
+        labelled = torch.tensor([float(has_labels) for _, has_labels in pairs])
+        return Batch.from_samples([sample for sample, _ in pairs], labelled=labelled)
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Sums]:
+        labelled = batch.columns.get("labelled", torch.ones(batch.num_samples, device=batch.input_ids.device))
+        counts = batch.targets_per_sample
+        has_label = labelled.repeat_interleave(counts)
+        ((total, divergence, nll), balance) = model("at_targets", batch, partial(self.objective, batch, has_label))
+        labels = has_label.sum()
+        sums: Sums = {
+            "loss": (total, batch.num_targets),
+            "ce_loss": ((nll * has_label).sum(), labels),
+            "kd_loss": (divergence.sum(), batch.num_targets),
+        }
+        if self.options.on_policy_fraction and is_training(model):
+            sums["on_policy_length"] = ((counts * (1 - labelled)).sum(), (1 - labelled).sum())
+        return balanced(total, sums, balance, counts, self.config.model.aux_loss_coef)
+
+    def objective(
+        self, batch: Batch, has_label: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any
+    ) -> Any:
+        """Both terms in one pass over the student's logits; called where the student's head weight is."""
+        options, real = self.options, (labels >= 0).float()
+        has_label = has_label if batch.num_targets else real
+        weights = {
+            "ce_weights": (1 - options.kd_coef) * has_label * real,
+            "kd_weights": options.kd_coef * options.kd_temperature**2 * real,
+        }
+        if "logps" in batch.columns:
+            logps, tokens = batch.columns["logps"], batch.columns["tokens"].long()
+            if not batch.num_targets:
+                logps, tokens = logps.new_zeros(1, 1), tokens.new_zeros(1, 1)
+            return linear_topk_distillation_sum(
+                hidden, weight, logps, tokens, labels, temperature=options.kd_temperature, **weights, **head
+            )
+
+        def with_teacher(teacher_hidden: Tensor, teacher_weight: Tensor, _: Tensor, **teacher_head: Any) -> Any:
+            return linear_distillation_sum(
+                hidden,
+                weight,
+                teacher_hidden,
+                teacher_weight,
+                labels,
+                kind=options.kd_loss,
+                beta=options.kd_beta or 0.5,
+                alpha=options.kd_alpha or 0.1,
+                temperature=options.kd_temperature,
+                shared_vocab=min(self.vocabulary, len(weight), len(teacher_weight)),
+                **weights,
+                **{f"student_{name}": value for name, value in head.items()},
+                **{f"teacher_{name}": value for name, value in teacher_head.items()},
+            )
+
+        out, _ = self.frozen_model("at_targets", batch, with_teacher)
+        return out
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return means | perplexity(means, "ce_loss")
+
+    def identity(self) -> dict[str, Any]:
+        teacher = self.config.teacher
+        return {
+            "distillation": self.options.model_dump(),
+            "teacher_model": teacher.teacher_model,
+            "top_k": teacher.teacher_top_k,
+        }
+
+
+def answered(prompt: np.ndarray, response: np.ndarray, eos_id: int) -> Sample:
+    """A prompt with a response as a sample, the response being its targets."""
+    ids = np.concatenate([prompt, response]).astype(np.int32)
+    return Sample(ids, np.arange(len(ids)) >= len(prompt), truncated=bool(response[-1] != eos_id))
+
+
+def shared_vocabulary(config: KDConfig, tokenizer: Any) -> int:
+    """How many first tokens mean the same to student and teacher.
+
+    Raises:
+        InputError: the two tokenizers do not number their tokens alike.
+    """
+    try:
+        teacher = load_tokenizer(
+            config.teacher.teacher_model,
+            use_fast=not config.model.disable_fast_tokenizer,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except InputError as error:
+        raise InputError(f"--teacher_model: {error}") from error
+    theirs = {number: token for token, number in teacher.get_vocab().items()}
+    ours = {number: token for token, number in tokenizer.get_vocab().items()}
+    shared = min(len(teacher), len(tokenizer))
+    different = [n for n in range(shared) if ours.get(n) != theirs.get(n)]
+    if different:
+        n = different[0]
+        raise InputError(
+            f"--teacher_model {config.teacher.teacher_model} has another vocabulary than --pretrain {config.model.pretrain}: "
+            f"{len(different):,} of {shared:,} tokens differ, the first being {n}, {theirs.get(n)!r} and {ours.get(n)!r}; "
+            "a teacher must have its student's tokenizer"
+        )
+    if len(tokenizer) > len(teacher):
+        extra = [ours[n] for n in range(len(teacher), len(tokenizer)) if n in ours]
+        raise InputError(
+            f"--teacher_model {config.teacher.teacher_model} does not know {len(extra)} tokens of --pretrain "
+            f"{config.model.pretrain}, such as {extra[0]!r}: it cannot read what the student reads"
+        )
+    return shared
+
+
+def train(config: KDConfig, *, dry_run: bool = False, world_size: int = 1) -> None:
+    """Distil `config.teacher.teacher_model` into `config.model.pretrain` and write the result to `config.checkpoint.save_path`."""
+    run(config, KD, dry_run=dry_run, world_size=world_size)
