@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a typo in a test must not wait for the net
 
 import pytest
 
-from rlhf_data.config import SFTDataConfig
+from rlhf_data.config import DataConfig, SFTDataConfig
 
 CORPUS = [
     "User: where is the cat?\nAssistant: the cat sat on the mat.",
@@ -145,9 +145,9 @@ def write(tmp_path: Path):
 
 @pytest.fixture
 def config(tmp_path: Path):
-    """Makes a config with its cache in the test's own folder."""
+    """Makes a config, of the kind given, with its cache in the test's own folder."""
 
-    def make(dataset: str, **options) -> SFTDataConfig:
-        return SFTDataConfig(dataset=dataset, **{"data_cache_dir": str(tmp_path / "cache"), **options})
+    def make(dataset: str, kind: type[DataConfig] = SFTDataConfig, **options) -> DataConfig:
+        return kind(dataset=dataset, **{"data_cache_dir": str(tmp_path / "cache"), **options})
 
     return make

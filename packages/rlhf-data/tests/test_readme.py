@@ -17,8 +17,9 @@ def test_the_examples_of_the_readme_run(tokenizer, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
+    names: dict = {}
     for block in blocks:
-        exec(block, {})
+        exec(block, names)
     assert "rows kept" in capsys.readouterr().out
 
 
@@ -27,7 +28,7 @@ def test_the_readme_lists_every_module():
     assert {name for name in modules if name not in README} == set()
 
 
-@pytest.mark.parametrize("module", ["packing", "templates"])
+@pytest.mark.parametrize("module", ["labels", "packing", "templates"])
 def test_the_examples_of_docstrings_hold(module):
     result = doctest.testmod(importlib.import_module(f"rlhf_data.{module}"))
     assert result.attempted > 0

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_data.config import LabelledDataConfig, PairDataConfig
 from rlhf_data.errors import InputError
+from rlhf_data.preferences import prepare_labelled, prepare_pairs
 from rlhf_data.sft import prepare_sft
 from rlhf_data.tokenizer import load_tokenizer
 
@@ -60,3 +62,54 @@ def test_real_files_that_need_options_say_which(config, file):
     with pytest.raises(InputError) as error:
         prepare_sft(config(str(SHARED / "data" / file)), tokenizer, seed=0)
     assert HINTS[file] in str(error.value)
+
+
+PAIRS = {
+    "story_pairs.jsonl": ({}, 978, {}),
+    "gsm8k_pairs.jsonl": ({}, 2426, {}),
+    "chat_pairs.jsonl": (CHAT, 149, {"prompt longer than --max_len": 150}),
+}
+
+
+@pytest.mark.parametrize("file", PAIRS)
+def test_real_pairs_load(config, file):
+    options, kept, dropped = PAIRS[file]
+    tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"))
+    given = config(str(SHARED / "data" / file), PairDataConfig, **options)
+    data = prepare_pairs(given, tokenizer, seed=0, same_prompt=True, share_prefix=True, progress=False)
+    (source,) = data.report.sources
+    assert source.rows_kept == kept
+    assert {reason: drop.count for reason, drop in source.dropped.items()} == dropped
+    assert data.eval is not None
+    assert len(data.train) + len(data.eval) == kept
+    for number in range(0, len(data.train), 7):
+        pair = data.train[number]
+        for side in (pair.chosen, pair.rejected):
+            assert not side.target_mask[: pair.shared].any()
+            assert side.target_mask[pair.shared :].all()  # one prompt, and all that follows is the response
+            assert side.input_ids[-1] == tokenizer.eos_token_id or side.truncated
+        assert data.train.lengths[number] == len(pair.chosen) + len(pair.rejected) - pair.shared
+    assert len(data.report.format().split("\n")) <= 40
+
+
+LABELLED = {
+    "gsm8k_unpaired.jsonl": (
+        {"input_key": "instruction", "output_key": "response", "label_key": "score"},
+        (2001, 3275),
+        {},
+    ),
+    "kto_en_demo.json": (CHAT, (127, 133), {"prompt longer than --max_len": 40}),
+}
+
+
+@pytest.mark.parametrize("file", LABELLED)
+def test_real_labelled_rows_load(config, file):
+    options, (desirable, undesirable), dropped = LABELLED[file]
+    tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"))
+    given = config(str(SHARED / "data" / file), LabelledDataConfig, eval_ratio=0, **options)
+    data = prepare_labelled(given, tokenizer, seed=0, progress=False)
+    assert int(data.train.labels.sum()) == desirable
+    assert len(data.train) == desirable + undesirable
+    assert {reason: drop.count for reason, drop in data.report.sources[0].dropped.items()} == dropped
+    assert "to balance them, give --desirable_loss_weight" in data.report.format()
+    assert len(data.report.format().split("\n")) <= 40

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import numpy as np
 
 from rlhf_data.encode import EncodeOptions, Encoder, Sample
-from rlhf_data.report import MAX_REASONS, DataReport, Lengths, SourceReport, mark_trained
+from rlhf_data.report import MAX_REASONS, DataReport, Lengths, PairFacts, SourceReport, mark_trained
 from rlhf_data.rows import Pair
 
 
@@ -20,7 +20,7 @@ class Measured:
 
 def report_of(sources: list[SourceReport], example: str = "⟦x⟧", lengths: list[int] | None = None) -> DataReport:
     measured = Lengths.of(Measured(lengths or [1, 10, 100]))  # type: ignore[arg-type]
-    return DataReport(sources, ["a note"] * 9, measured, measured, example)
+    return DataReport(sources, ["a note"] * 9, measured, measured, {"first sample": example})
 
 
 def test_lengths_are_measured_in_tokens():
@@ -46,6 +46,20 @@ def test_a_report_fits_on_a_screen_whatever_happened():
     assert len(shown) <= 40
     assert any("utilisation 0.9987" in line for line in shown)
     assert any("more lines in the saved report" in line for line in shown)
+
+
+def test_a_report_of_pairs_fits_on_a_screen_too():
+    long = "⟦" + "word " * 5000 + "\n" * 50 + "⟧"
+    report = report_of([SourceReport(f"s{number}", "train") for number in range(30)], lengths=list(range(1, 100)))
+    report.examples = {"first pair, chosen": long, "first pair, rejected": long}
+    report.facts = PairFacts(10, 100, 20, 4, (0.0, 1.5))
+    report.packing = {"rows": 12}
+    shown = report.format().split("\n")
+    assert len(shown) == 40
+    assert (
+        "pairs: 10; 20% of the tokens are shared prompts; chosen is the longer response in 4 (40%); margins from 0 to 1.5"
+        in shown
+    )
 
 
 def test_source_reports_survive_the_cache():

@@ -4,16 +4,18 @@ import pytest
 
 from rlhf_data.errors import InputError
 from rlhf_data.rows import Chat, Pair, RowError, Text
-from rlhf_data.shapes import RowOptions, recognise
+from rlhf_data.shapes import RowOptions
 
 USER = {"role": "user", "content": "q"}
 REPLY = {"role": "assistant", "content": "a"}
 TURNS = [USER, REPLY]
+SYSTEM = {"role": "system", "content": "s"}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
 def read(row, first=None, **options):
-    return recognise(first or row, RowOptions(**options), "data.jsonl:1").read(row)
+    (reader,) = RowOptions(**options).recognise(first or row, "data.jsonl:1").readers
+    return reader(row)
 
 
 SHAPES = {
@@ -24,6 +26,16 @@ SHAPES = {
         {"chosen": TURNS, "prompt": "q"},
         {"input_key": "prompt", "output_key": "chosen"},
         Chat(TURNS),
+    ),
+    "prompt text, response the whole chat with a system turn": (
+        {"chosen": [SYSTEM, *TURNS], "prompt": "q"},
+        {"input_key": "prompt", "output_key": "chosen"},
+        Chat([SYSTEM, *TURNS]),
+    ),
+    "prompt asked again in what follows": (
+        {"prompt": "q", "response": [REPLY, USER, REPLY]},
+        {},
+        Chat([USER, REPLY, USER, REPLY]),
     ),
     "prompt chat, response text": ({"prompt": [USER], "completion": "a"}, {}, Chat(TURNS)),
     "prompt chat, response chat": ({"prompt": [USER], "completion": [REPLY]}, {}, Chat(TURNS)),
@@ -58,7 +70,7 @@ def test_every_shape_is_recognised_by_its_columns(name):
 
 def test_what_was_recognised_is_said():
     def describe(row, **options):
-        return recognise(row, RowOptions(**options), "f:1").describe
+        return RowOptions(**options).recognise(row, "f:1").describe
 
     assert describe({"question": "q", "answer": "a"}) == "prompt `question`, response `answer`"
     assert (
@@ -112,6 +124,11 @@ BAD_ROWS = {
     "odd content": ({"messages": [USER | {"content": 3}]}, {"messages": TURNS}, "has content that is not text"),
     "image": ({"messages": [USER | {"content": [{"type": "image"}]}]}, {"messages": TURNS}, "content that is not text"),
     "empty reply": ({"messages": [USER, REPLY | {"content": " "}]}, {"messages": TURNS}, "an assistant turn"),
+    "another question": (
+        PAIR | {"prompt": "p", "response": TURNS},
+        PAIR,
+        "begins with a user turn that is not `prompt`",
+    ),
     "tools no JSON": ({"messages": TURNS, "tools": "f()"}, {"messages": TURNS}, "`tools` is text that is not JSON"),
     "tools no list": ({"messages": TURNS, "tools": {"f": 1}}, {"messages": TURNS}, "`tools` is not a list"),
 }
@@ -159,6 +176,6 @@ REFUSED = {
 def test_a_first_row_that_cannot_be_read_is_an_error_with_the_way_out(name):
     row, options, parts = REFUSED[name]
     with pytest.raises(InputError) as error:
-        recognise(row, RowOptions(**options), "data.jsonl:1")
+        RowOptions(**options).recognise(row, "data.jsonl:1")
     for part in ["data.jsonl:1" if name != "pre-training on chats" else "", *parts]:
         assert part in str(error.value)

@@ -128,7 +128,7 @@ def test_the_same_data_is_tokenised_once(write, config, tokenizer, chat_tokenize
 
 def test_chats_are_written_out_with_the_template(write, config, chat_tokenizer):
     data = prepare_sft(config(write("a.json", CHATS), apply_chat_template=True), chat_tokenizer, seed=0)
-    assert "<|im_start|>assistant\n⟦the mat<|im_end|>⟧" in data.report.example
+    assert "<|im_start|>assistant\n⟦the mat<|im_end|>⟧" in data.report.examples["first sample"]
 
 
 def test_characters_the_tokenizer_loses_are_reported(write, config, make_tokenizer):

@@ -10,7 +10,7 @@ import pytest
 from rlhf_data.dataset import TokenDataset, samples_of_rows
 from rlhf_data.encode import Sample
 from rlhf_data.errors import InputError
-from rlhf_data.store import TokenStore, cache_dir, open_store, store_key
+from rlhf_data.store import RowSamples, TokenStore, cache_dir, open_store, store_key
 
 
 def sample(*ids: int, truncated: bool = False) -> Sample:
@@ -19,8 +19,9 @@ def sample(*ids: int, truncated: bool = False) -> Sample:
     return Sample(np.array(ids, np.int32), mask, truncated)
 
 
-FIRST = [[sample(1, 2, 3)], [sample(4, 5), sample(5, 6, 7, 8, truncated=True)]]  # two rows, the second of two samples
-SECOND = [[sample(9, 10)], [sample(11, 12, 13)]]
+# two rows, the second of two samples
+FIRST = [RowSamples([sample(1, 2, 3)]), RowSamples([sample(4, 5), sample(5, 6, 7, 8, truncated=True)], 0.5, 1)]
+SECOND = [RowSamples([sample(9, 10)], 1.0), RowSamples([sample(11, 12, 13)])]
 
 
 def build(folder: Path, key: str, *blocks) -> TokenStore:
@@ -34,10 +35,12 @@ def build(folder: Path, key: str, *blocks) -> TokenStore:
 
 def test_samples_come_back_as_they_were_written(tmp_path):
     store = build(tmp_path, "k", FIRST, [], SECOND)
-    written = [item for row in FIRST + SECOND for item in row]
+    written = [item for row in FIRST + SECOND for item in row.samples]
     assert len(store) == 5
     assert store.num_rows == 4
     assert store.rows.tolist() == [0, 1, 3, 4, 5]
+    assert store.values.tolist() == [0, 0.5, 1, 0]
+    assert store.shared.tolist() == [0, 1, 0, 0]
     for number, expected in enumerate(written):
         found = store.sample(number)
         assert found.input_ids.tolist() == expected.input_ids.tolist()
@@ -51,6 +54,7 @@ def test_a_view_joins_stores_in_its_own_order(tmp_path):
     stores = [build(tmp_path, "a", FIRST), build(tmp_path, "b", SECOND)]
     whole = TokenDataset(stores)
     assert whole.lengths.tolist() == [3, 2, 4, 2, 3]
+    assert whole.longest == 4
     assert whole.num_targets.tolist() == [2, 1, 3, 1, 2]
     assert whole.truncated.tolist() == [False, False, True, False, False]
     assert [whole[number].input_ids[0] for number in range(5)] == [1, 4, 5, 9, 11]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_losses import entropy, linear_cross_entropy_sum, linear_divergence, linear_token_logps, token_logps
 
@@ -159,21 +158,6 @@ def test_autocast_changes_nothing():
     assert logps.dtype == hidden.grad.dtype == torch.float32
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operation returned, and how many products of matrices ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel, self.products = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, (tuple, list)) else [out]
-        self.numel = max([self.numel, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        return out
-
-
 def run_sum(hidden, weight, labels):
     return linear_cross_entropy_sum(hidden, weight, labels, chunk_size=7)[0]
 
@@ -187,29 +171,29 @@ def run_divergence(hidden, weight, labels):
 
 
 @pytest.mark.parametrize("run", [run_sum, run_logps, run_divergence])
-def test_no_tensor_is_as_large_as_the_logits(run):
+def test_no_tensor_is_as_large_as_the_logits(run, watch):
     tokens, width, vocabulary = 211, 3, 307
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
-    with LargestTensor() as largest:
+    with watch:
         run(hidden, weight, torch.randint(vocabulary, (tokens,))).backward()
-    assert 0 < largest.numel <= 7 * vocabulary
+    assert 0 < watch.numel <= 7 * vocabulary
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("needs_hidden", "needs_weight"), [(True, True), (True, False), (False, True), (False, False)])
-def test_only_wanted_gradients_cost_a_product(needs_hidden, needs_weight):
+def test_only_wanted_gradients_cost_a_product(needs_hidden, needs_weight, watch):
     hidden, weight = torch.randn(M, H, requires_grad=needs_hidden), torch.randn(V, H, requires_grad=needs_weight)
-    with LargestTensor() as counter:
+    with watch:
         linear_cross_entropy_sum(hidden, weight, torch.arange(M), chunk_size=M)
-    assert counter.products == 1 + needs_hidden + needs_weight
+    assert watch.products == 1 + needs_hidden + needs_weight
 
 
-def test_without_grad_mode_no_gradient_is_made():
+def test_without_grad_mode_no_gradient_is_made(watch):
     hidden, weight, _, labels = make_head(bias=False)
-    with torch.no_grad(), LargestTensor() as counter:
+    with torch.no_grad(), watch:
         total, _ = linear_cross_entropy_sum(hidden, weight, labels, chunk_size=M)
-    assert counter.products == 1
+    assert watch.products == 1
     assert not total.requires_grad
 
 

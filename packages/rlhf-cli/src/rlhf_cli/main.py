@@ -11,7 +11,7 @@ import typer
 from rlhf_cli.errors import usage_reported
 from rlhf_cli.options import RUN, command
 from rlhf_cli.quickstart import QuickstartConfig
-from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, RMConfig, SFTConfig
+from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig
 from rlhf_data.inspection import InspectConfig
 
 app = typer.Typer(
@@ -84,6 +84,13 @@ def kd(config: KDConfig, dry_run: DryRun = False) -> None:
     from rlhf_core.methods import kd
 
     launch(config.parallel, partial(kd.train, config), dry_run=dry_run)
+
+
+@command(app, "merge", MergeConfig)
+def merge(config: MergeConfig) -> None:
+    from rlhf_core.merge import merge
+
+    merge(config)
 
 
 @command(data, "inspect", InspectConfig)

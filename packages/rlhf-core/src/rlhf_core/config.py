@@ -584,6 +584,25 @@ class KDConfig(TrainConfig):
         return self
 
 
+class MergeConfig(Config):
+    """Fold a LoRA adapter (of a language model or a reward model) into its base model."""
+
+    adapter: Annotated[Folder, Alias("lora_path")]
+    """Folder of the adapter, as `--lora_rank` training saves it."""
+
+    save_path: Annotated[Folder, Alias("output_path")]
+    """Folder of the whole model in Hugging Face format."""
+
+    pretrain: Annotated[Folder | None, Alias("model_path")] = None
+    """Base model, a folder or a Hub id; by default the one that the adapter names."""
+
+    bf16: bool = False
+    """Save in bfloat16; by default in the number format of the base model. The sum is computed in float32."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+
 def check_sharing(model: ModelConfig, data: PairDataConfig, options: SharedPrefixConfig) -> None:
     """Refuse `--share_prefix` where it cannot be."""
     if options.share_prefix and not (model.flash_attn or data.packing_samples):

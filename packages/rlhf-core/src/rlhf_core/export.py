@@ -18,11 +18,14 @@ from torch import Tensor
 from rlhf_core.checkpoint import CheckpointError, sync
 from rlhf_core.libraries import gathered
 from rlhf_core.models.backbone import Backbone
-from rlhf_core.strategy import Strategy
+from rlhf_core.strategy import Alone, Strategy
 
 SHARD_BYTES = 4 * 10**9
 """Weights are gathered and written in files of about this size, so that the host never holds the whole model twice."""
 
+
+CALIBRATION = "calibration.json"
+"""Beside the adapter of a reward model: what a whole reward model has in its config."""
 
 CONFIGS = ("config.json", "adapter_config.json")
 """What makes a folder a model, or an adapter."""
@@ -31,7 +34,7 @@ STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.in
 """Weights that an export of a whole model replaces."""
 
 
-def export(policy: Backbone, tokenizer: Any, folder: Path, strategy: Strategy, shard_bytes: int = SHARD_BYTES) -> None:
+def export(policy: Backbone, tokenizer: Any, folder: Path, strategy: Strategy | Alone, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model (or, with LoRA, its adapter) and its tokenizer to `folder`, as `from_pretrained` and vLLM read them.
 
     All files are written beside, and moved into place when they are complete: a model already in `folder` (which may be the
@@ -61,14 +64,17 @@ def export(policy: Backbone, tokenizer: Any, folder: Path, strategy: Strategy, s
     strategy.barrier()
 
 
-def write_adapter(policy: Backbone, folder: Path, strategy: Strategy) -> None:
+def write_adapter(policy: Backbone, folder: Path, strategy: Strategy | Alone) -> None:
     trained = [p for p in policy.parameters() if p.requires_grad]
     with gathered(trained):
         if strategy.is_first:
             policy.model.save_pretrained(folder, save_embedding_layers=False)
+            if hasattr(policy.config, "calibration"):
+                kept = {name: getattr(policy.config, name) for name in ("mean", "std", "calibration")}
+                (folder / CALIBRATION).write_text(json.dumps(kept, indent=2))
 
 
-def write_model(policy: Backbone, folder: Path, strategy: Strategy, shard_bytes: int) -> None:
+def write_model(policy: Backbone, folder: Path, strategy: Strategy | Alone, shard_bytes: int) -> None:
     """Gather the weights a layer at a time and write them in shards on the first rank."""
     from transformers.core_model_loading import revert_weight_conversion
 

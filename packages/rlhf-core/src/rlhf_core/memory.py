@@ -64,6 +64,8 @@ def count_parameters(config: TrainConfig, model_config: Any, reward_head: Any = 
         InputError: the architecture has no causal language model (or, with a head, no reward model) in transformers, or
             modules to adapt do not exist.
     """
+    import torch
+
     model = skeleton(config.model, model_config, reward_head)
     total = sum(p.numel() for p in model.parameters())
     lora = config.lora

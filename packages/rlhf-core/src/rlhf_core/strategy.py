@@ -177,3 +177,12 @@ class Strategy:
         """Leave the process group, if other processes are in it: a single rank may run again in this process."""
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+class Alone:
+    """What writing a model needs of a `Strategy`, where there is but one process and nothing is trained."""
+
+    is_first = True
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""

@@ -7,7 +7,7 @@ help. The command line, YAML files, the saved `config.json`, the docs and the Py
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -74,16 +74,6 @@ class DataConfig(Config):
     max_len: Count = 2048
     """Longest sample (prompt and response), in tokens."""
 
-    row_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """Shape of the rows; `auto` recognises it from the column names and says what it found. `--input_key` and the other
-    key options force the columns."""
-
-    input_key: str | None = None
-    """Column of the prompt (text or a list of chat messages), of the messages, or (`--pretrain_mode`) of the text."""
-
-    output_key: str | None = None
-    """Column of the response. Without it, the last assistant turn of a chat row is the response."""
-
     input_template: str | None = "User: {}\nAssistant: "
     """How a plain prompt is written out: one `{}` stands for it; backslash escapes such as \\n are decoded; "" or None
     switches it off. Not used with `--apply_chat_template`."""
@@ -115,15 +105,22 @@ class DataConfig(Config):
         return self
 
 
-class SFTDataConfig(DataConfig):
+class ConversationDataConfig(DataConfig):
     """Data."""
 
-    pretrain_mode: bool = False
-    """Continue pre-training: rows are plain text (`--input_key`, or the column `text`), every token is trained, long
-    documents are cut into pieces of `--max_len`, none of it is lost."""
+    row_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """Shape of the rows; `auto` recognises it from the column names and says what it found. `--input_key` and the other
+    key options force the columns."""
 
-    multiturn: bool = False
-    """Train on every assistant turn of a chat row, not on the last one only."""
+    input_key: str | None = None
+    """Column of the prompt (text or a list of chat messages), or of the messages."""
+
+    output_key: str | None = None
+    """Column of the response. Without it, the last assistant turn of a chat row is the response."""
+
+
+class PackedDataConfig(DataConfig):
+    """Data."""
 
     packing_samples: bool = False
     """Lay samples end to end instead of padding them: rows are filled by best fit up to `--packing_tokens`. Samples
@@ -132,15 +129,104 @@ class SFTDataConfig(DataConfig):
     packing_tokens: Count | None = None
     """Token budget of a packed row; by default `--micro_train_batch_size` times `--max_len`."""
 
+    samples_per_row: ClassVar[int] = 1
+    """Most samples of `max_len` tokens that one row of data brings, and that a packed row must hold together."""
+
+    @model_validator(mode="after")
+    def _a_row_of_data_fits(self) -> PackedDataConfig:
+        times = "" if self.samples_per_row == 1 else f"{self.samples_per_row} times "
+        if self.packing_tokens is not None and self.packing_tokens < self.samples_per_row * self.max_len:
+            what = "a sample of that length" if self.samples_per_row == 1 else "a pair of that length"
+            raise ValueError(
+                f"--packing_tokens {self.packing_tokens} is less than {times}--max_len {self.max_len}: {what} would fit "
+                "into no row; raise the one or lower the other"
+            )
+        return self
+
+
+class SFTDataConfig(PackedDataConfig, ConversationDataConfig):
+    """Data."""
+
+    input_key: str | None = None
+    """Column of the prompt (text or a list of chat messages), of the messages, or (`--pretrain_mode`) of the text."""
+
+    pretrain_mode: bool = False
+    """Continue pre-training: rows are plain text (`--input_key`, or the column `text`), every token is trained, long
+    documents are cut into pieces of `--max_len`, none of it is lost."""
+
+    multiturn: bool = False
+    """Train on every assistant turn of a chat row, not on the last one only."""
+
     @model_validator(mode="after")
     def _options_agree(self) -> SFTDataConfig:
         if self.pretrain_mode and self.apply_chat_template:
             raise ValueError("--pretrain_mode trains on plain text: give it without --apply_chat_template")
         if self.multiturn and not self.apply_chat_template:
             raise ValueError("--multiturn is about chat rows: give it with --apply_chat_template")
-        if self.packing_tokens is not None and self.packing_tokens < self.max_len:
-            raise ValueError(
-                f"--packing_tokens {self.packing_tokens} is less than --max_len {self.max_len}: a sample of that "
-                "length would fit into no row; raise the one or lower the other"
-            )
         return self
+
+
+class PairKeys(Config):
+    """Pairs."""
+
+    prompt_key: str | None = None
+    """Column of the prompt of a pair (text or a list of chat messages). Without it, the column `prompt` if there is
+    one; else both sides carry the prompt themselves."""
+
+    chosen_key: str = "chosen"
+    """Column of the preferred side: a response, or a whole conversation whose last assistant turn is the response. Text,
+    a chat message, or a list of them."""
+
+    rejected_key: str = "rejected"
+    """Column of the other side, in the same forms."""
+
+
+class MarginKeys(PairKeys):
+    """Pairs."""
+
+    margin_loss: bool = False
+    """Subtract the margin column inside the loss: the chosen side must win by as much."""
+
+    margin_key: str = "margin"
+    """Column of the margin, a number; for `--margin_loss`."""
+
+    @model_validator(mode="after")
+    def _margin_is_used(self) -> MarginKeys:
+        if self.margin_key != "margin" and not self.margin_loss:
+            raise ValueError(f"--margin_key {self.margin_key} is for --margin_loss: give both, or neither")
+        return self
+
+
+class LabelKeys(Config):
+    """Labels."""
+
+    label_key: str = "label"
+    """Column of the label: whether the response is desirable. True or false, 1 or 0."""
+
+    label_threshold: float | None = None
+    """Labels are scores: those at or above this number are desirable, all others are not."""
+
+
+class PairDataConfig(PairKeys, PackedDataConfig):
+    """Data."""
+
+    max_len: Count = 512
+    """Longest sample (prompt and response of one side of a pair), in tokens."""
+
+    input_template: str | None = None
+    """How a plain prompt is written out: one `{}` stands for it; backslash escapes such as \\n are decoded. Without it,
+    a plain prompt and its response are joined as they are. Not used with `--apply_chat_template`."""
+
+    packing_tokens: Count | None = None
+    """Token budget of a packed row; by default 2 times `--micro_train_batch_size` times `--max_len`, because a pair is
+    two samples."""
+
+    samples_per_row: ClassVar[int] = 2
+
+
+class RewardDataConfig(PairDataConfig, MarginKeys):
+    """Data."""
+
+
+class LabelledDataConfig(PackedDataConfig, LabelKeys, ConversationDataConfig):
+    """Data."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_data.config import DataConfig
 from rlhf_data.continuation import piece_encoders
 from rlhf_data.errors import InputError
-from rlhf_data.rows import Chat, Conversation, Pair, RowError, Text
+from rlhf_data.rows import Chat, Conversation, Pair, RowError, Text, is_whole_text
 from rlhf_data.templates import ChatTemplate, Piece, as_chat, decode_escapes, plain_pieces
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 TOO_LONG = "prompt longer than --max_len"
 NEEDS_TEMPLATE = "the rows hold chat messages: give --apply_chat_template to write them out"
+NEEDS_PROMPT = (
+    "the rows hold whole texts, and --apply_chat_template and --input_template write out a prompt: give its column with "
+    "--prompt_key, or leave them out"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What decides token ids besides tokenizer and row: the options of the same names on `SFTDataConfig`."""
+    """What decides token ids besides tokenizer and row: the options of the same names on the data configs."""
 
     max_len: int
     input_template: str | None = None
@@ -100,6 +105,17 @@ class Encoder:
                 results.append(reason)
         return results
 
+    def check(self, conversation: Conversation) -> None:
+        """Make sure that the options suit the kind of conversation: if they do not for one row, they do for none.
+
+        Raises:
+            InputError: with the option to give or to leave out.
+        """
+        if isinstance(conversation, Chat) and self.chat is None:
+            raise InputError(NEEDS_TEMPLATE)
+        if is_whole_text(conversation) and (self.chat is not None or self.template is not None):
+            raise InputError(NEEDS_PROMPT)
+
     def prompt_ids(self, conversation: Pair | Chat) -> list[int]:
         """Ids of everything before the (last) response: what a model trained on the samples is asked with.
 
@@ -142,7 +158,11 @@ class Encoder:
                 raise RowError("the text has no token")
             return self._chunks(self._with_prefix(ids[0]))
         if self.chat is None:
-            return [self._sample([self._with_prefix(ids[0]), ids[1]], [0, len(ids[1])])]
+            begun = self._with_prefix(ids[0])
+            if len(ids) == 1:  # a whole text: only what the tokenizer puts before it is given
+                start = len(self.prefix)
+                return [self._sample([begun[:start], begun[start:]], [0, len(begun) - start])]
+            return [self._sample([begun, ids[1]], [0, len(ids[1])])]
         # a chat template writes BOS itself where it wants one
         targets = [
             self._up_to_eos(piece_ids) if piece.target else 0 for piece, piece_ids in zip(pieces, ids, strict=True)
@@ -202,12 +222,12 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def encode_options_of(config: Any) -> EncodeOptions:
-    """The options of an `SFTDataConfig` that decide token ids."""
+def encode_options_of(config: DataConfig, multiturn: bool = False) -> EncodeOptions:
+    """The options that decide token ids."""
     return EncodeOptions(
         max_len=config.max_len,
         input_template=config.input_template,
         apply_chat_template=config.apply_chat_template,
         tokenizer_chat_template=config.tokenizer_chat_template,
-        multiturn=config.multiturn,
+        multiturn=multiturn,
     )

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_data.encode import Sample
+from rlhf_data.labels import suggest_kto_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_data.dataset import TokenDataset
+    from rlhf_data.dataset import LabelledDataset, PairDataset, TokenDataset
 
+SOURCE_LINES = 11
+EXAMPLE_LINES = 10
 MAX_REASONS = 50
 OTHER = "other reasons"
 BAR = 24
@@ -42,6 +45,7 @@ class SourceReport:
     unwritable: str = ""
     dropped: dict[str, Drop] = field(default_factory=dict)
     cached: bool = False
+    different_prompts: int = 0
 
     def drop(self, reason: str, where: object) -> None:
         """Count a dropped row."""
@@ -67,6 +71,8 @@ class SourceReport:
         shown += dropped_lines(self.dropped)
         if self.truncated:
             shown.append(f"  cut at --max_len: {self.truncated:,} (they do not end in EOS)")
+        if self.different_prompts:
+            shown.append(f"  pairs whose sides answer different prompts: {self.different_prompts:,} (for DPO, dropped)")
         if self.unwritable:
             more = "" if len(self.unwritable) <= 20 else f" and {len(self.unwritable) - 20} more"
             shown.append(f"  characters this tokenizer drops or changes: {' '.join(self.unwritable[:20])}{more}")
@@ -128,6 +134,75 @@ class Lengths:
         return lines
 
 
+@dataclass(frozen=True)
+class PairFacts:
+    """What is to be known of pairs.
+
+    Attributes:
+        pairs: how many there are.
+        tokens: of both sides of all of them.
+        shared_tokens: those of them that sharing prompts saves.
+        longer_chosen: in how many the chosen response is the longer one, in trained tokens.
+        margins: the smallest and the largest margin.
+    """
+
+    pairs: int
+    tokens: int
+    shared_tokens: int
+    longer_chosen: int
+    margins: tuple[float, float]
+
+    @classmethod
+    def of(cls, dataset: PairDataset) -> PairFacts:
+        """Measure pairs."""
+        chosen, rejected = dataset.samples.num_targets.reshape(-1, 2).T
+        return cls(
+            pairs=len(dataset),
+            tokens=int(dataset.samples.lengths.sum()),
+            shared_tokens=int(dataset.common.sum()),
+            longer_chosen=int((chosen > rejected).sum()),
+            margins=(float(dataset.margins.min()), float(dataset.margins.max())),
+        )
+
+    def lines(self) -> list[str]:
+        """For people."""
+        margins = f"; margins from {self.margins[0]:g} to {self.margins[1]:g}" if any(self.margins) else ""
+        return [
+            f"pairs: {self.pairs:,}; {100 * self.shared_tokens / self.tokens:.0f}% of the tokens are shared prompts; "
+            f"chosen is the longer response in {self.longer_chosen:,} "
+            f"({100 * self.longer_chosen / self.pairs:.0f}%){margins}"
+        ]
+
+
+@dataclass(frozen=True)
+class LabelFacts:
+    """How many rows are desirable, and how many are not."""
+
+    desirable: int
+    undesirable: int
+
+    @classmethod
+    def of(cls, dataset: LabelledDataset) -> LabelFacts:
+        """Count labels."""
+        desirable = int(dataset.labels.sum())
+        return cls(desirable, len(dataset) - desirable)
+
+    def lines(self) -> list[str]:
+        """For people: the counts, and weights where they are unbalanced."""
+        counts = f"labels: {self.desirable:,} desirable, {self.undesirable:,} undesirable"
+        if not self.desirable or not self.undesirable:
+            missing = "undesirable" if self.desirable else "desirable"
+            return [f"{counts}; with no {missing} row, responses are only {'raised' if self.desirable else 'lowered'}"]
+        weights = suggest_kto_weights(self.desirable, self.undesirable)
+        if weights is None:
+            return [counts]
+        name, weight = ("desirable", weights[0]) if weights[1] == 1 else ("undesirable", weights[1])
+        return [f"{counts}; to balance them, give --{name}_loss_weight {weight:g}"]
+
+
+Facts = PairFacts | LabelFacts
+
+
 @dataclass
 class DataReport:
     """What became of all data of a run.
@@ -137,7 +212,8 @@ class DataReport:
         notes: decisions taken on the way, such as rows held out for evaluation.
         train: lengths of the training samples.
         eval: lengths of the evaluation samples, None without evaluation.
-        example: first training sample, trained runs in ⟦…⟧, special tokens visible.
+        examples: the first training row, by headings such as `first sample`: trained runs in ⟦…⟧, special tokens visible.
+        facts: what is to be known of training pairs or labels; None for conversations.
         packing: filled in by whoever packs: rows, tokens per row, utilisation.
     """
 
@@ -145,7 +221,8 @@ class DataReport:
     notes: list[str]
     train: Lengths
     eval: Lengths | None
-    example: str
+    examples: dict[str, str]
+    facts: Facts | None = None
     packing: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,17 +232,20 @@ class DataReport:
     def format(self) -> str:
         """For the terminal, at most 40 lines."""
         lines = [line for source in self.sources for line in source.lines()]
-        if len(lines) > 14:
-            lines = [*lines[:13], f"  … {len(lines) - 13} more lines in the saved report"]
+        if len(lines) > SOURCE_LINES:
+            left = len(lines) - SOURCE_LINES + 1
+            lines = [*lines[: SOURCE_LINES - 1], f"  … {left} more lines in the saved report"]
         lines += [f"note: {note}" for note in self.notes[:4]]
         lines.append(f"train: {self.train.line()}")
         if self.eval is not None:
             lines.append(f"eval:  {self.eval.line()}")
+        lines += self.facts.lines() if self.facts is not None else []
         lines += self.train.histogram()
         if self.packing is not None:
             lines.append("packing: " + ", ".join(f"{name} {value:,.4g}" for name, value in self.packing.items()))
-        lines.append("first sample, trained tokens in ⟦ ⟧:")
-        return "\n".join([*lines, *_excerpt(self.example)])
+        for heading, text in self.examples.items():
+            lines += [f"{heading}, trained tokens in ⟦ ⟧:", *_excerpt(text, EXAMPLE_LINES // len(self.examples))]
+        return "\n".join(lines)
 
 
 def mark_trained(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -184,9 +264,11 @@ def mark_trained(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _excerpt(text: str, most_lines: int = 10, width: int = 110) -> list[str]:
+def _excerpt(text: str, most_lines: int, width: int = 110) -> list[str]:
     """The beginning and, because the end matters most (EOS), the end of a text."""
     lines = [line[at : at + width] for line in text.split("\n") for at in range(0, max(len(line), 1), width)]
     if len(lines) > most_lines:
-        lines = [*lines[: most_lines - 4], f"… {len(lines) - most_lines + 1} lines …", *lines[-3:]]
+        last = most_lines // 3
+        first = most_lines - last - 1
+        lines = [*lines[:first], f"… {len(lines) - first - last} lines …", *lines[-last:]]
     return [f"  │{line}" for line in lines]

@@ -14,7 +14,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A plain prompt and its complete response; `system` comes before the prompt."""
+    """A plain prompt and its complete response; `system` comes before the prompt.
+
+    Without a prompt, the response is a whole text, of which nobody said where its own prompt ends.
+    """
 
     prompt: str
     response: str
@@ -39,6 +42,11 @@ class Text:
 Conversation = Pair | Chat | Text
 
 
+def is_whole_text(conversation: Conversation) -> bool:
+    """Whether it is a response of which nobody said what it answers."""
+    return isinstance(conversation, Pair) and not conversation.prompt
+
+
 class RowError(Exception):
     """One row cannot be used; the message is the reason, the same for all rows with the same fault."""
 
@@ -53,6 +61,10 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 """ShareGPT's `from` names as chat roles; a name that is not here is passed to the chat template as it is."""
+
+
+LARGEST = 3.4e38
+"""Numbers are stored in float32."""
 
 
 def text_of(row: Row, key: str) -> str:
@@ -129,6 +141,17 @@ def value_of(row: Row, key: str) -> Any:
     if row[key] is None:
         raise RowError(f"`{key}` is null")
     return row[key]
+
+
+def finite_number(value: Any) -> float | None:
+    """A number, also one written as text (all a CSV file has); None for anything else, NaN and infinity."""
+    if not isinstance(value, int | float | str) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) <= LARGEST else None
 
 
 def encodable(text: str, what: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from rlhf_data.errors import InputError
 from rlhf_data.rows import (
@@ -13,6 +13,7 @@ from rlhf_data.rows import (
     Conversation,
     Pair,
     Row,
+    RowError,
     Text,
     message_of,
     messages_of,
@@ -34,6 +35,25 @@ PAIR_KEYS = (
 
 
 @dataclass(frozen=True)
+class RowFormat:
+    """How the rows of a source are read.
+
+    Attributes:
+        describe: what was recognised, for people.
+        readers: for each conversation of a row (one; of a pair chosen and rejected) what reads it; raises `RowError` for
+            a row that cannot be used.
+        value: reads the number that comes with a row, a margin or a label; raises `InputError` where it should be
+            there and is not.
+        same_prompt: the conversations of a row must answer the same prompt.
+    """
+
+    describe: str
+    readers: tuple[Callable[[Row], Conversation], ...]
+    value: Callable[[Row], float] = lambda row: 0.0
+    same_prompt: bool = False
+
+
+@dataclass(frozen=True)
 class RowOptions:
     """What the user said about the rows: `--row_format`, `--input_key`, `--output_key` and `--pretrain_mode`."""
 
@@ -42,34 +62,27 @@ class RowOptions:
     output_key: str | None = None
     pretrain: bool = False
 
+    whole_texts: ClassVar[bool] = True
+    """Whether messages may say that `--pretrain_mode` trains on whole texts."""
 
-@dataclass(frozen=True)
-class RowFormat:
-    """How rows become conversations: `describe` says what was recognised, `read` raises `RowError` for a bad row."""
+    def recognise(self, row: Row, where: str) -> RowFormat:
+        """Decide from the first row how all rows of a source are read.
 
-    describe: str
-    read: Callable[[Row], Conversation]
+        Args:
+            row: the first row.
+            where: `file:row` of that row, for messages.
 
-
-def recognise(row: Row, options: RowOptions, where: str) -> RowFormat:
-    """Decide from the first row how all rows of a source are read.
-
-    Args:
-        row: the first row.
-        options: what the user forced.
-        where: `file:row` of that row, for messages.
-
-    Raises:
-        InputError: a column is missing, or no known shape fits.
-    """
-    if options.pretrain:
-        return _text_format(row, options, where)
-    if options.input_key is not None or options.output_key is not None:
-        return _forced_format(row, options, where)
-    found = _recognisers()[options.row_format](row)
-    if found is None:
-        _refuse(row, options, where)
-    return found
+        Raises:
+            InputError: a column is missing, or no known shape fits.
+        """
+        if self.pretrain:
+            return _text_format(row, self, where)
+        if self.input_key is not None or self.output_key is not None:
+            return _forced_format(row, self, where)
+        found = _recognisers()[self.row_format](row)
+        if found is None:
+            _refuse(row, self, where)
+        return found
 
 
 def _text_format(row: Row, options: RowOptions, where: str) -> RowFormat:
@@ -79,30 +92,32 @@ def _text_format(row: Row, options: RowOptions, where: str) -> RowFormat:
             "give --row_format text (or none), and the column with --input_key"
         )
     key = options.input_key or "text"
-    _require_key(row, key, "--input_key" if options.input_key else "--pretrain_mode", where)
-    return RowFormat(f"text `{key}`", lambda row: Text(text_of(row, key)))
+    require_key(row, key, "--input_key" if options.input_key else "--pretrain_mode", where)
+    return RowFormat(f"text `{key}`", (lambda row: Text(text_of(row, key)),))
 
 
 def _forced_format(row: Row, options: RowOptions, where: str) -> RowFormat:
     for option, key in (("--input_key", options.input_key), ("--output_key", options.output_key)):
         if key is not None:
-            _require_key(row, key, option, where)
-    return _keyed_format(row, options.input_key, options.output_key, where)
+            require_key(row, key, option, where)
+    return _keyed_format(row, options.input_key, options.output_key, where, options.whole_texts)
 
 
-def _keyed_format(row: Row, prompt_key: str | None, response_key: str | None, where: str) -> RowFormat:
+def _keyed_format(
+    row: Row, prompt_key: str | None, response_key: str | None, where: str, whole_texts: bool
+) -> RowFormat:
     if prompt_key is None or response_key is None:
         key = prompt_key or response_key
         assert key is not None
         if isinstance(row[key], str):
             given, wanted = ("--input_key", "--output_key") if prompt_key else ("--output_key", "--input_key")
             raise InputError(
-                f"{where}: `{key}` is text, so {given} {key} needs {wanted} beside it; columns are {_columns(row)}. "
-                "To train on whole texts, give --pretrain_mode"
+                f"{where}: `{key}` is text, so {given} {key} needs {wanted} beside it; columns are {columns_of(row)}"
+                + (". To train on whole texts, give --pretrain_mode" if whole_texts else "")
             )
-        return RowFormat(f"messages `{key}`", lambda row: Chat(messages_of(row, key), tools_of(row)))
+        return RowFormat(f"messages `{key}`", (lambda row: read_chat(row, key),))
     return RowFormat(
-        f"prompt `{prompt_key}`, response `{response_key}`", lambda row: _read_pair(row, prompt_key, response_key)
+        f"prompt `{prompt_key}`, response `{response_key}`", (lambda row: read_pair(row, prompt_key, response_key),)
     )
 
 
@@ -121,7 +136,7 @@ def _as_messages(row: Row, keys: Sequence[str]) -> RowFormat | None:
     key = next((key for key in keys if key in row), None)
     if key is None:
         return None
-    return RowFormat(f"messages `{key}`", lambda row: Chat(messages_of(row, key), tools_of(row)))
+    return RowFormat(f"messages `{key}`", (lambda row: read_chat(row, key),))
 
 
 def _as_alpaca(row: Row) -> RowFormat | None:
@@ -129,13 +144,13 @@ def _as_alpaca(row: Row) -> RowFormat | None:
         return None
     extras = [f"`{key}`" for key in ("input", "system") if key in row]
     shown = f"prompt `instruction`{' with ' + ', '.join(extras) if extras else ''}, response `output`"
-    return RowFormat(shown, _read_alpaca)
+    return RowFormat(shown, (_read_alpaca,))
 
 
 def _as_pair(row: Row) -> RowFormat | None:
     for prompt_key, response_key in PAIR_KEYS:
         if prompt_key in row and response_key in row:
-            return _keyed_format(row, prompt_key, response_key, "")
+            return _keyed_format(row, prompt_key, response_key, "", whole_texts=False)
     return None
 
 
@@ -144,7 +159,12 @@ def _read_alpaca(row: Row) -> Conversation:
     return Pair(f"{prompt}\n{extra}" if extra else prompt, text_of(row, "output"), optional_text_of(row, "system"))
 
 
-def _read_pair(row: Row, prompt_key: str, response_key: str) -> Conversation:
+def read_chat(row: Row, key: str) -> Chat:
+    """Read a whole conversation from one column."""
+    return Chat(messages_of(row, key), tools_of(row))
+
+
+def read_pair(row: Row, prompt_key: str, response_key: str) -> Conversation:
     """Read a prompt and a response, either of which may be text or chat messages (a response also a single one)."""
     prompt, response = value_of(row, prompt_key), value_of(row, response_key)
     if not isinstance(prompt, list) and not isinstance(response, list | dict):
@@ -159,32 +179,37 @@ def _read_pair(row: Row, prompt_key: str, response_key: str) -> Conversation:
         after = [message_of(response, response_key)]
     else:
         after = [{"role": "assistant", "content": text_of(row, response_key)}]
-    if after[: len(before)] == before:  # the response column holds the whole conversation
-        return Chat(after, tools_of(row))
+    places = [0] if after[0]["role"] == "assistant" else range(len(after))  # a system turn may come first
+    if any(after[place : place + len(before)] == before for place in places):
+        return Chat(after, tools_of(row))  # the response column holds the whole conversation
+    if before[-1]["role"] == "user" == after[0]["role"]:
+        raise RowError(f"`{response_key}` begins with a user turn that is not `{prompt_key}`")
     return Chat(before + after, tools_of(row))
 
 
-def _columns(row: Row) -> str:
+def columns_of(row: Row) -> str:
+    """Names of a row's columns, for messages."""
     return ", ".join(f"`{key}`" for key in row) or "none"
 
 
-def _require_key(row: Row, key: str, option: str, where: str) -> None:
+def require_key(row: Row, key: str, option: str, where: str) -> None:
+    """Make sure that the first row has the column an option names."""
     if key in row:
         return
     close = difflib.get_close_matches(key, [str(name) for name in row], n=1)
     hint = f"did you mean `{close[0]}`?" if close else "name one of them"
     shown = option if option == "--pretrain_mode" else f"{option} {key}"
     more = " or give its name with --input_key" if option == "--pretrain_mode" else ""
-    raise InputError(f"{where}: {shown}: no key `{key}` in the row; its keys are {_columns(row)}; {hint}{more}")
+    raise InputError(f"{where}: {shown}: no key `{key}` in the row; its keys are {columns_of(row)}; {hint}{more}")
 
 
 def _refuse(row: Row, options: RowOptions, where: str) -> NoReturn:
     if "chosen" in row:
         prompt = "--input_key prompt " if "prompt" in row else ""
         hint = f"they look like preference pairs: to train on the chosen responses give {prompt}--output_key chosen"
-    elif "text" in row:
+    elif "text" in row and options.whole_texts:
         hint = "`text` has no separate response: give --pretrain_mode to train on all of it"
     else:
         hint = "name the columns with --input_key and --output_key"
     form = "" if options.row_format == "auto" else f" as --row_format {options.row_format}"
-    raise InputError(f"{where}: the rows cannot be read{form}; columns are {_columns(row)}; {hint}")
+    raise InputError(f"{where}: the rows cannot be read{form}; columns are {columns_of(row)}; {hint}")

@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from rlhf_data.encode import Sample
 from rlhf_data.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key. Raise it when the files, or the ids that the same options give, change."""
 
 COLUMNS = {
@@ -27,8 +28,19 @@ COLUMNS = {
     "num_targets": np.dtype(np.int32),  # [num_samples]
     "truncated": np.dtype(np.bool_),  # [num_samples]
     "rows": np.dtype(np.int64),  # [num_rows + 1], where the samples of each row start
+    "values": np.dtype(np.float32),  # [num_rows], the margin or the label (0 or 1) that comes with the row, else 0
+    "shared": np.dtype(np.int32),  # [num_rows], of a pair the prompt tokens that both sides begin with, else 0
 }
 """Arrays of a store, each a file `<name>.npy`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSamples:
+    """What is stored of one row; `value` and `shared` as in `COLUMNS`."""
+
+    samples: list[Sample]
+    value: float = 0.0
+    shared: int = 0
 
 
 class TokenStore:
@@ -44,13 +56,14 @@ class TokenStore:
         self.key: str = self.meta["key"]
         self.ids, self.targets, self.offsets = arrays["ids"], arrays["targets"], arrays["offsets"]
         self.num_targets, self.truncated, self.rows = arrays["num_targets"], arrays["truncated"], arrays["rows"]
+        self.values, self.shared = arrays["values"], arrays["shared"]
 
     def __len__(self) -> int:
         return len(self.num_targets)
 
     @property
     def num_rows(self) -> int:
-        """Rows kept; a row has one sample, or in pre-training as many as it fills."""
+        """Rows kept; a row has one sample, of a pair two, in pre-training as many as it fills."""
         return len(self.rows) - 1
 
     def sample(self, number: int) -> Sample:
@@ -133,15 +146,17 @@ class StoreWriter:
         self._append("offsets", np.zeros(1))
         self._append("rows", np.zeros(1))
 
-    def add(self, row_samples: list[list[Sample]]) -> None:
-        """Append a block of rows, each with its samples."""
-        samples = [sample for row in row_samples for sample in row]
+    def add(self, rows: list[RowSamples]) -> None:
+        """Append a block of rows."""
+        samples = [sample for row in rows for sample in row.samples]
         if not samples:
             return
         lengths = np.array([len(sample) for sample in samples], np.int64)
-        per_row = np.array([len(row) for row in row_samples], np.int64)
+        per_row = np.array([len(row.samples) for row in rows], np.int64)
         self._append("offsets", self.sizes["ids"] + lengths.cumsum())
         self._append("rows", self.sizes["num_targets"] + per_row.cumsum())
+        self._append("values", np.array([row.value for row in rows]))
+        self._append("shared", np.array([row.shared for row in rows]))
         self._append("ids", np.concatenate([sample.input_ids for sample in samples]))
         self._append("targets", np.concatenate([sample.target_mask for sample in samples]))
         self._append("num_targets", np.array([sample.target_mask.sum() for sample in samples]))

@@ -38,6 +38,8 @@ def decode_escapes(text: str) -> str:
 
 def plain_pieces(pair: Pair, template: str | None) -> list[Piece]:
     """Write a plain prompt through `--input_template` (decoded, with one `{}`); the response follows as it is."""
+    if not pair.prompt:
+        return [Piece(pair.response, True)]
     prompt = f"{pair.system}\n\n{pair.prompt}" if pair.system else pair.prompt
     # not str.format: a template may hold other braces, and so may the prompt
     return [Piece(prompt if template is None else template.replace("{}", prompt), False), Piece(pair.response, True)]

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_data.continuation import backend_json
-from rlhf_data.encode import NEEDS_TEMPLATE, EncodeOptions, Encoder, Sample
+from rlhf_data.encode import EncodeOptions, Encoder, Sample
 from rlhf_data.errors import InputError
+from rlhf_data.pairs import OTHER_PROMPTS, SAME, PairOptions, compare
 from rlhf_data.readers import Place, Rows
 from rlhf_data.report import SourceReport
-from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError
-from rlhf_data.shapes import RowOptions, recognise
+from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError, is_whole_text
+from rlhf_data.shapes import RowFormat, RowOptions
 from rlhf_data.sources import Source
-from rlhf_data.store import StoreWriter, TokenStore, open_store, store_key
+from rlhf_data.store import RowSamples, StoreWriter, TokenStore, open_store, store_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ class Tokeniser:
 
     tokenizer: PreTrainedTokenizerBase
     encode: EncodeOptions
-    rows: RowOptions
+    rows: RowOptions | PairOptions
     folder: Path
     strict: bool = False
     progress: bool = True
@@ -91,9 +92,19 @@ class Tokeniser:
             prefix=encoder.prefix,
             chat_template=encoder.chat.text if encoder.chat else None,
             encode=asdict(self.encode),
+            kind=type(self.rows).__name__,
             rows=asdict(self.rows),
             max_rows=max_rows,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A row that was read: its conversations and its number."""
+
+    place: Place
+    conversations: list[Conversation]
+    value: float
 
 
 class _Filling:
@@ -109,42 +120,63 @@ class _Filling:
         first = next(rows, None)
         if first is None:
             raise InputError(f"{self.source.name} [{self.source.split}] has no rows")
-        row_format = recognise(first[1], self.options.rows, str(first[0]))
+        row_format = self.options.rows.recognise(first[1], str(first[0]))
         self.report.recognised = row_format.describe
         counted = self._with_bar(islice(chain([first], rows), self.limit))
         while block := list(islice(counted, BLOCK)):
-            places, conversations = self._read(block, row_format.read)
+            read = self._read(block, row_format)
+            conversations = [conversation for row in read for conversation in row.conversations]
             if not self.report.rows_kept:
                 self.report.unwritable = "".join(sorted(self.encoder.unwritable(_trained_texts(conversations))))
-            self._add(places, conversations)
+            self._add(read, self.encoder.encode(conversations), row_format.same_prompt)
         return self.report
 
-    def _read(self, block: list[tuple[Place, Row]], read: Any) -> tuple[list[Place], list[Conversation]]:
-        places, conversations = [], []
+    def _read(self, block: list[tuple[Place, Row]], row_format: RowFormat) -> list[_Read]:
+        kept = []
         for place, row in block:
             self.report.rows_read += 1
             try:
-                conversation = read(row)
+                conversations = [read(row) for read in row_format.readers]
+                for conversation in conversations:
+                    self.encoder.check(conversation)
+                kept.append(_Read(place, conversations, row_format.value(row)))
             except RowError as reason:
                 self._drop(reason, place)
-                continue
-            if isinstance(conversation, Chat) and self.encoder.chat is None:
-                raise InputError(f"{place}: {NEEDS_TEMPLATE}")
-            conversations.append(conversation)
-            places.append(place)
-        return places, conversations
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
+        return kept
 
-    def _add(self, places: list[Place], conversations: list[Conversation]) -> None:
-        kept: list[list[Sample]] = []
-        for place, result in zip(places, self.encoder.encode(conversations), strict=True):
-            if isinstance(result, RowError):
-                self._drop(result, place)
-                continue
-            kept.append(result)
-            self.report.truncated += sum(sample.truncated for sample in result)
+    def _add(self, rows: list[_Read], encoded: list[list[Sample] | RowError], same_prompt: bool) -> None:
+        kept: list[RowSamples] = []
+        results = iter(encoded)
+        for row in rows:
+            try:
+                kept.append(self._join(row, list(islice(results, len(row.conversations))), same_prompt))
+            except RowError as reason:
+                self._drop(reason, row.place)
+        samples = [sample for row in kept for sample in row.samples]
         self.report.rows_kept += len(kept)
-        self.report.samples += sum(len(samples) for samples in kept)
+        self.report.samples += len(samples)
+        self.report.truncated += sum(sample.truncated for sample in samples)
         self.writer.add(kept)
+
+    def _join(self, row: _Read, encoded: list[list[Sample] | RowError], same_prompt: bool) -> RowSamples:
+        """What is stored of a row; raises the first reason why it cannot be used."""
+        samples: list[Sample] = []
+        for result in encoded:
+            if isinstance(result, RowError):
+                raise result
+            samples += result
+        if len(encoded) == 1:
+            return RowSamples(samples, row.value)
+        chosen, rejected = row.conversations
+        if chosen == rejected:
+            raise RowError(SAME)
+        shared, alike = compare(*samples)
+        if not alike and same_prompt:
+            raise RowError(OTHER_PROMPTS)
+        self.report.different_prompts += not alike and not is_whole_text(chosen)
+        return RowSamples(samples, row.value, shared)
 
     def _drop(self, reason: RowError, place: Place) -> None:
         if self.options.strict:

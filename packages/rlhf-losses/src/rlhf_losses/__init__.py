@@ -1,18 +1,13 @@
 """Losses, advantages and log-probs for post-training language models: functions of tensors, unreduced."""
 
 from rlhf_losses.advantages import discounted_returns, gae, reinforce, reinforce_plus_plus
-from rlhf_losses.distillation import (
-    forward_kl,
-    jsd,
-    linear_divergence,
-    reverse_kl,
-    skew_kl,
-    topk_forward_kl,
-)
+from rlhf_losses.distillation import forward_kl, jsd, reverse_kl, skew_kl, topk_forward_kl
 from rlhf_losses.groups import group_centred, group_normalised, leave_one_out, reinforce_plus_plus_baseline
+from rlhf_losses.heads import linear_divergence, linear_topk_logps
 from rlhf_losses.kl import kl_estimate, kl_penalised_rewards
 from rlhf_losses.kto import kto_kl, kto_loss
 from rlhf_losses.linear import linear_cross_entropy_sum, linear_token_logps
+from rlhf_losses.linear_distillation import linear_distillation_sum, linear_topk_distillation_sum
 from rlhf_losses.logprobs import entropy, token_logps
 from rlhf_losses.masks import masked_mean, masked_moments, masked_sum, masked_whiten
 from rlhf_losses.policy import (
@@ -63,8 +58,11 @@ __all__ = [
     "kto_loss",
     "leave_one_out",
     "linear_cross_entropy_sum",
+    "linear_distillation_sum",
     "linear_divergence",
     "linear_token_logps",
+    "linear_topk_distillation_sum",
+    "linear_topk_logps",
     "masked_mean",
     "masked_moments",
     "masked_sum",

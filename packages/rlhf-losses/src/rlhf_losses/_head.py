@@ -6,9 +6,11 @@ Shapes: M tokens, c tokens of a chunk, H hidden width, V vocabulary. Nothing her
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Big enough that matrix products run at full speed (64 to 512 rows were timed at a vocabulary of 32 000 on 2 cores: 512
 # took three quarters of the time of 64) and small enough to matter little beside the model.
@@ -71,6 +73,23 @@ class LogitMap:
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1)
 
 
+@dataclass(frozen=True, slots=True)
+class BufferedHead:
+    """A head and the buffer `[c, V]` of its logits; of its vocabulary as many tokens as the buffer has columns."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logit_map: LogitMap
+    buffer: Tensor
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Of these rows `[c]`, in the buffer."""
+        vocabulary = self.buffer.shape[1]
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return self.logit_map.logits(self.hidden[rows], self.weight[:vocabulary], bias, self.buffer[: len(rows)])
+
+
 class HeadGradient:
     """Gradients of a head's inputs, summed over chunks.
 
@@ -124,6 +143,26 @@ class HeadGradient:
                 self.weight[:vocabulary].add_(dlogits.t() @ hidden)
 
 
+class GradientInForward(torch.autograd.Function):
+    """A scalar of hidden states, weight and bias that makes their gradients next to itself and keeps only them.
+
+    `forward` takes these three first and returns the scalar first; it ends with `keep`.
+    """
+
+    @staticmethod
+    def keep(ctx: Any, gradient: HeadGradient) -> None:
+        """Save the gradient of the scalar."""
+        ctx.save_for_backward(gradient.hidden, gradient.weight, gradient.bias)
+        ctx.dtype = gradient.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # In place: the saved tensor's version then refuses a second pass, instead of scaling twice.
+        grads = (None if grad is None else grad.mul_(grad_sum).to(ctx.dtype) for grad in ctx.saved_tensors)
+        return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
@@ -159,3 +198,21 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}bias must be [{weight.shape[0]}], got {list(bias.shape)}; pass None for a plain head")
+
+
+def check_heads(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+) -> None:
+    """Raise if these cannot be the heads of a student and a teacher that read the same tokens."""
+    check_head(student_hidden, student_weight, student_bias, "student_")
+    check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
+    if len(student_hidden) != len(teacher_hidden):
+        raise ValueError(
+            f"teacher_hidden must have {len(student_hidden)} rows like student_hidden, got {len(teacher_hidden)}; "
+            "both models must read the same tokens"
+        )

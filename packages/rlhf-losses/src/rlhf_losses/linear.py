@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_losses._head import HeadGradient, LogitMap, accumulation_dtype, buffer_for, check_head, chunks_of
+from rlhf_losses._head import (
+    GradientInForward,
+    HeadGradient,
+    LogitMap,
+    accumulation_dtype,
+    buffer_for,
+    check_head,
+    chunks_of,
+)
 
 
 @overload
@@ -226,9 +234,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         return *gradient.cast(), None, None, None, None, None
 
 
-class _LinearCrossEntropySum(torch.autograd.Function):
-    """Makes the gradients next to the loss and keeps only them."""
-
+class _LinearCrossEntropySum(GradientInForward):
     @staticmethod
     def forward(
         ctx: Any,
@@ -264,17 +270,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                     # π − 1[· = y] is (eᶻ − total · 1[· = y]) / total: the division is left to the rows.
                     e.scatter_add_(1, y, -total)
                     gradient.add(e, weights[chunk, None] / total, slope, chunk, h, weight)
-        ctx.save_for_backward(gradient.hidden, gradient.weight, gradient.bias)
-        ctx.dtype = weight.dtype
+        GradientInForward.keep(ctx, gradient)
         ctx.mark_non_differentiable(losses)
         # Select: an ignored token may carry any weight, NaN too.
         return torch.where(labels != ignore_index, losses * weights, 0.0).sum(), losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_sum: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        # In place: the saved tensor's version then refuses a second pass, instead of scaling twice.
-        grads = (None if grad is None else grad.mul_(grad_sum).to(ctx.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None, None, None

@@ -13,7 +13,7 @@ from rlhf_core.config import RMConfig, shares_prefix
 from rlhf_core.method import Method
 from rlhf_core.methods.terms import balanced, is_training, pair_groups, token_budget
 from rlhf_core.metrics import Sums
-from rlhf_core.models.reward import Calibration, RewardHead, find_head
+from rlhf_core.models.reward import Calibration, RewardHead, find_head, settle_padding
 from rlhf_core.run import run
 from rlhf_data.preferences import prepare_pairs
 from rlhf_losses import pairwise_logexp_loss, pairwise_sigmoid_loss
@@ -37,9 +37,8 @@ class RM(Method):
     name = "rm"
 
     def __init__(self, config: RMConfig, tokenizer: Any) -> None:
-        self.head = RewardHead(
-            find_head(config.model.pretrain, config.reward.value_head_prefix, "--pretrain"), config.batch.seed
-        )
+        found = find_head(config.model.pretrain, config.reward.value_head_prefix, "--pretrain")
+        self.head = RewardHead(found, config.batch.seed, settle_padding(tokenizer))
         self.share_prefix = shares_prefix(config.model, config.data, config.reward)
         data = prepare_pairs(
             config.data, tokenizer, seed=config.batch.seed, same_prompt=False, share_prefix=self.share_prefix
@@ -71,7 +70,7 @@ class RM(Method):
         return balanced(total, sums, balance, halves, self.config.model.aux_loss_coef)
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        bins = [n for n in range(CONFIDENCES) if f"bin_{n}_share" in means and means[f"bin_{n}_share"]]
+        bins = [n for n in range(CONFIDENCES) if means.get(f"bin_{n}_share")]
         if not bins:
             return means
         error = sum(means[f"bin_{n}_share"] * abs(means[f"bin_{n}_right"] - means[f"bin_{n}_sure"]) for n in bins)

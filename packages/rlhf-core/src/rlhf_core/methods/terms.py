@@ -43,7 +43,7 @@ def balanced(
 
 
 def perplexity(means: dict[str, float], name: str) -> dict[str, float]:
-    """exp of a mean negative log-probability, if it was measured."""
+    """The exponential of a mean negative log-probability, if it was measured."""
     return {"perplexity": math.exp(min(means[name], 700.0))} if name in means else {}
 
 

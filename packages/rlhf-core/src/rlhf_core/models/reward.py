@@ -54,11 +54,32 @@ class RewardHead:
     """Its name in the checkpoint; None if there is none, so that a new one is made."""
     seed: int = 0
     """Of a new head."""
+    pad_token_id: int | None = None
+    """The token that transformers takes for padding, see `settle_padding`."""
 
     def loading(self) -> dict[str, Any]:
         """What transformers is told, to find the head under the name that it has."""
         renamed = {} if self.found in (None, HEAD) else {"key_mapping": {rf"^{re.escape(self.found)}\.": f"{HEAD}."}}
-        return {"num_labels": 1} | renamed
+        # vLLM reads from the kind of problem that a reward is not to be squashed
+        return {"num_labels": 1, "problem_type": "regression", "pad_token_id": self.pad_token_id} | renamed
+
+
+def settle_padding(tokenizer: Any) -> int | None:
+    """Choose the padding token of a reward model, and set it in the tokenizer that is saved with it.
+
+    Transformers reads a reward at the last token that is not padding. Where EOS is the padding, that is one token too
+    early, so padding must be a token that ends no sample: the tokenizer's own, one that is called so, or the unknown token.
+
+    Returns:
+        Its id; None if there is none, so that transformers refuses padded batches instead of misreading them.
+    """
+    padding = [token for token in map(str, tokenizer.added_tokens_decoder.values()) if "pad" in token.lower()]
+    for token in (tokenizer.pad_token, *padding, tokenizer.unk_token):
+        if token is not None and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return int(tokenizer.pad_token_id)
+    tokenizer.pad_token = None
+    return None
 
 
 def find_head(name: str, prefix: str | None, option: str) -> str | None:
