@@ -1,34 +1,32 @@
-"""`rlhf quickstart`: the whole of fine-tuning in a minute, from nothing.
+"""`rlhf quickstart`: fine-tuning, a reward model and DPO in a few minutes, from nothing.
 
-Makes a tokenizer, a tiny random model and a generated data set, fine-tunes by the same code as `rlhf train sft`, and shows
-what the model answers before and after, on questions it was never trained on.
+Makes a tokenizer, a tiny random model and generated data; trains by the same code as `rlhf train sft`, `rm` and `dpo`; and
+shows what the model answers before and after, to questions it was never trained on.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from rlhf_cli.quickstart_data import CHEER, cheered, is_preferred, is_right, preferences, questions
 from rlhf_data.config import Config, Count
 from rlhf_data.errors import InputError
 
-WORDS = """
-apple bear boat book bridge castle cloud coin door drum eagle field fish garden glass horse
-island lamp leaf lion moon mouse piano river rose ship snow star stone tiger tree wolf
-""".split()
 MARK = ".rlhf-quickstart"
 """A file that says: this folder is a quickstart's, the next one may replace what is in it."""
 
 TEMPLATE = "Question: {}\nAnswer:"
 
+MAX_LEN = 64
+
 
 class QuickstartConfig(Config):
-    """Make a tiny model and a data set, fine-tune, and show answers before and after."""
+    """Make a tiny model and data; fine-tune it, train a reward model and do DPO; and show answers before and after."""
 
     folder: str = "quickstart"
     """Folder to work in; what is there from an earlier quickstart is replaced."""
@@ -43,33 +41,6 @@ class QuickstartConfig(Config):
     """Seed of questions, model and training."""
 
 
-def question(rng: random.Random) -> dict[str, str]:
-    """One question with its answer: things that need the question to be read, not remembered."""
-    first, second, third = rng.sample(WORDS, 3)
-    return rng.choice(
-        (
-            {"question": f"Say {first} and {second} the other way round.", "answer": f" {second} and {first}"},
-            {"question": f"What is the last of {first}, {second}, {third}?", "answer": f" {third}"},
-            {
-                "question": f"Which word is between {first} and {third}: {first} {second} {third}?",
-                "answer": f" {second}",
-            },
-            {"question": f"Say {first} {second} and {first} again.", "answer": f" {first} {second} {first}"},
-        )
-    )
-
-
-def questions(count: int, seed: int) -> list[dict[str, str]]:
-    """Different questions, in random order."""
-    rng, found = random.Random(seed), {}
-    while len(found) < count:
-        row = question(rng)
-        found.setdefault(row["question"], row)
-    rows = list(found.values())
-    rng.shuffle(rows)
-    return rows
-
-
 def quickstart(config: QuickstartConfig) -> None:
     """Run it; see the module's docstring."""
     from rlhf_core.libraries import settle
@@ -79,14 +50,27 @@ def quickstart(config: QuickstartConfig) -> None:
 
     logging.disable_progress_bar()
     folder = prepare_folder(Path(config.folder))
-    print(f"1. A tokenizer, a model and {config.rows} questions, made from nothing, in {folder}/", flush=True)
+    say(f"1. A tokenizer, a model and {config.rows} questions, made from nothing, in {folder}/")
     held_out = make_inputs(folder, config)
     before = answer(folder / "model", held_out)
-    print(f"\n2. Fine-tuning: the same as\n\n{command(folder, config)}\n", flush=True)
+
+    say(f"\n2. Fine-tuning: the same as\n\n{command('sft', folder, config)}\n")
     train(folder, config)
-    after = answer(folder / "sft", held_out)
-    plot_loss(folder)
-    print(table(held_out, before, after), next_steps(folder), sep="\n", flush=True)
+    tuned = answer(folder / "sft", held_out)
+    say(answers_table(held_out, before, tuned))
+
+    say(f"\n3. A reward model of pairs that prefer right answers with a {CHEER}\n\n{command('rm', folder, config)}\n")
+    train(folder, config, "rm")
+    say(f"\n4. DPO on the same pairs\n\n{command('dpo', folder, config)}\n")
+    train(folder, config, "dpo")
+
+    say(win_rates(folder, held_out, config.seed))
+    plot_losses(folder)
+    say(next_steps(folder))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 def prepare_folder(folder: Path) -> Path:
@@ -96,7 +80,7 @@ def prepare_folder(folder: Path) -> Path:
             raise InputError(
                 f"--folder {folder} holds something else than an earlier quickstart: choose another folder"
             )
-        for name in ("model", "questions", "sft"):
+        for name in ("model", "questions", "pairs", "sft", "rm", "dpo"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
@@ -109,47 +93,57 @@ def local(path: Path) -> str:
 
 
 def make_inputs(folder: Path, config: QuickstartConfig) -> list[dict[str, str]]:
-    """Write the tokenizer, the random model and the questions; returns the held-out ones."""
+    """Write the tokenizer, the random model, the questions and the pairs; returns the held-out questions."""
     from rlhf_core.tiny import make_model, make_tokenizer
 
     rows = questions(config.rows, config.seed)
-    held_out = rows[: config.rows // 20]
-    data = folder / "questions"
-    data.mkdir(parents=True)
-    for name, part in (("train", rows[len(held_out) :]), ("test", held_out)):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    texts = [TEMPLATE.replace("{}", row["question"]) + row["answer"] for row in rows]
+    held_out, training = rows[: config.rows // 20], rows[config.rows // 20 :]
+    write(folder / "questions", cheered(training, config.seed), held_out)
+    write(folder / "pairs", preferences(training[: len(training) * 2 // 3], config.seed), preferences(held_out, config.seed))
+    texts = [TEMPLATE.replace("{}", row["question"]) + row["answer"] + CHEER for row in rows]
     tokenizer = make_tokenizer(texts, folder / "model", vocab_size=1024)
-    make_model(tokenizer, folder / "model", hidden_size=128, layers=2, max_len=64, seed=config.seed)
+    make_model(tokenizer, folder / "model", hidden_size=128, layers=2, max_len=MAX_LEN, seed=config.seed)
     return held_out
 
 
-def options(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
-    """The options of the fine-tuning run, as on the command line."""
-    return {
-        "pretrain": local(folder / "model"),
-        "dataset": local(folder / "questions"),
-        "input_key": "question",
-        "output_key": "answer",
+def write(folder: Path, training: list[dict[str, str]], held_out: list[dict[str, str]]) -> None:
+    folder.mkdir(parents=True)
+    for name, part in (("train", training), ("test", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+def options(method: str, folder: Path, config: QuickstartConfig) -> dict[str, Any]:
+    """The options of a training run, as on the command line."""
+    own: dict[str, dict[str, Any]] = {
+        "sft": {
+            "pretrain": local(folder / "model"), "dataset": local(folder / "questions"), "input_key": "question",
+            "output_key": "answer", "max_epochs": config.epochs, "learning_rate": 2e-3,
+        },
+        "rm": {"pretrain": local(folder / "sft"), "dataset": local(folder / "pairs"), "learning_rate": 1e-3},
+        "dpo": {
+            "pretrain": local(folder / "sft"), "dataset": local(folder / "pairs"), "learning_rate": 5e-4, "beta": 0.1,
+            "nll_loss_coef": 0.5,
+        },
+    }  # fmt: skip
+    return own[method] | {
         "input_template": TEMPLATE,
         "packing_samples": True,
-        "max_len": 64,
+        "max_len": MAX_LEN,
         "train_batch_size": 64,
         "micro_train_batch_size": 64,
-        "max_epochs": config.epochs,
-        "learning_rate": 2e-3,
         "logging_steps": 10,
         "seed": config.seed,
-        "save_path": local(folder / "sft"),
+        "save_path": local(folder / method),
     }
 
 
-def command(folder: Path, config: QuickstartConfig) -> str:
+def command(method: str, folder: Path, config: QuickstartConfig) -> str:
     """The command line that does the same."""
     flags = (
-        f"--{name}" if value is True else f"--{name} {quoted(value)}" for name, value in options(folder, config).items()
+        f"--{name}" if value is True else f"--{name} {quoted(value)}"
+        for name, value in options(method, folder, config).items()
     )
-    return "   rlhf train sft " + " \\\n      ".join(flags)
+    return f"   rlhf train {method} " + " \\\n      ".join(flags)
 
 
 def quoted(value: Any) -> str:
@@ -158,74 +152,129 @@ def quoted(value: Any) -> str:
     return shlex.quote(str(value).replace("\n", "\\n"))
 
 
-def train(folder: Path, config: QuickstartConfig) -> None:
+def train(folder: Path, config: QuickstartConfig, method: Literal["sft", "rm", "dpo"] = "sft") -> None:
     from rlhf_cli.options import build
-    from rlhf_core.config import SFTConfig
-    from rlhf_core.methods import sft
+    from rlhf_core.config import DPOConfig, RMConfig, SFTConfig
+    from rlhf_core.methods import dpo, rm, sft
 
-    sft.train(build(SFTConfig, options(folder, config)))
+    given = options(method, folder, config)
+    if method == "sft":
+        sft.train(build(SFTConfig, given))
+    elif method == "rm":
+        rm.train(build(RMConfig, given))
+    else:
+        dpo.train(build(DPOConfig, given))
 
 
-def answer(model_folder: Path, rows: list[dict[str, str]]) -> list[str]:
-    """What the model answers, greedily."""
+def encoder_of(tokenizer: Any) -> Any:
+    from rlhf_data.encode import EncodeOptions, Encoder
+
+    return Encoder(tokenizer, EncodeOptions(max_len=MAX_LEN, input_template=TEMPLATE))
+
+
+def answer(model_folder: Path, rows: list[dict[str, str]], **sampling: Any) -> list[str]:
+    """What the model answers, greedily unless told otherwise."""
     from transformers import AutoModelForCausalLM
 
-    from rlhf_data.encode import EncodeOptions, Encoder
     from rlhf_data.rows import Pair
     from rlhf_data.tokenizer import load_tokenizer
     from rlhf_infer.config import SamplingConfig
     from rlhf_infer.engine import TransformersEngine
 
     tokenizer = load_tokenizer(str(model_folder))
-    encoder = Encoder(tokenizer, EncodeOptions(max_len=64, input_template=TEMPLATE))
+    encoder = encoder_of(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     engine = TransformersEngine(model, [tokenizer.eos_token_id], micro_batch_size=64)
     prompts = [encoder.prompt_ids(Pair(row["question"], "")) for row in rows]
-    written = engine.generate(prompts, SamplingConfig(max_new_tokens=8, greedy_sampling=True))
+    written = engine.generate(prompts, SamplingConfig(max_new_tokens=8, **(sampling or {"greedy_sampling": True})))
     return [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in written]
 
 
-def plot_loss(folder: Path) -> None:
-    """The loss curve as `loss.png`."""
-    import matplotlib
+def rewards(model_folder: Path, rows: list[dict[str, str]], answers: list[str]) -> list[float]:
+    """What the reward model gives to each answer; an answer without text gets the least."""
+    import torch
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from rlhf_core.batch import Batch
+    from rlhf_core.config import ModelConfig
+    from rlhf_core.models.load import load_reward_model
+    from rlhf_data.rows import Pair, RowError
+    from rlhf_data.tokenizer import load_tokenizer
 
-    rows = [json.loads(line) for line in (folder / "sft/run/metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        found = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*found, strict=True), style, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", title="rlhf quickstart: fine-tuning")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
+    model = load_reward_model(ModelConfig(pretrain=local(model_folder)))
+    pairs = [Pair(row["question"], given) for row, given in zip(rows, answers, strict=True)]
+    encoded = encoder_of(load_tokenizer(str(model_folder))).encode(pairs)
+    readable = [n for n, samples in enumerate(encoded) if not isinstance(samples, RowError)]
+    with torch.no_grad():
+        scores, _ = model("rewards", Batch.from_samples([encoded[n][0] for n in readable]))
+    given = dict(zip(readable, scores.tolist(), strict=True))
+    return [given.get(n, float("-inf")) for n in range(len(rows))]
 
 
-def table(rows: list[dict[str, str]], before: list[str], after: list[str]) -> str:
+def answers_table(rows: list[dict[str, str]], before: list[str], after: list[str]) -> str:
     """Some answers before and after, and the accuracy on all held-out questions."""
 
     def accuracy(answers: list[str]) -> float:
-        return sum(row["answer"] == given for row, given in zip(rows, answers, strict=True)) / len(rows)
+        return sum(map(is_right, rows, answers)) / len(rows)
 
     def mark(row: dict[str, str], given: str) -> str:
-        return f"{'right' if given == row['answer'] else 'wrong'} {given!r}"
+        return f"{'right' if is_right(row, given) else 'wrong'} {given!r}"
 
-    lines = ["", f"3. Answers to questions that were held out ({len(rows)} of them)", ""]
+    lines = ["", f"   Answers to questions that were held out ({len(rows)} of them)", ""]
     for row, was, now in list(zip(rows, before, after, strict=True))[:6]:
         lines += [f"   {row['question']}", f"      before  {mark(row, was)}", f"      after   {mark(row, now)}"]
     return "\n".join([*lines, "", f"   held-out accuracy: {accuracy(before):.0%} before, {accuracy(after):.0%} after"])
 
 
+def win_rates(folder: Path, rows: list[dict[str, str]], seed: int) -> str:
+    """Answers drawn from the model before and after DPO, against other answers drawn from it before; ties count as half."""
+    opponent = answer(folder / "sft", rows, seed=seed + 1)
+    drawn = {
+        "before DPO": answer(folder / "sft", rows, seed=seed + 2),
+        "after DPO": answer(folder / "dpo", rows, seed=seed + 2),
+    }
+    theirs = rewards(folder / "rm", rows, opponent)
+    lines = ["", f"5. Answers drawn at random to {len(rows)} held-out questions, against others of the fine-tuned model", ""]
+    for row, was, now in list(zip(rows, *drawn.values(), strict=True))[:4]:
+        lines += [f"   {row['question']}", f"      before  {was!r}", f"      after   {now!r}"]
+    lines.append("")
+    for when, answers in drawn.items():
+        ours = rewards(folder / "rm", rows, answers)
+        wins = sum((one > other) + 0.5 * (one == other) for one, other in zip(ours, theirs, strict=True)) / len(rows)
+        preferred = sum(map(is_preferred, rows, answers)) / len(rows)
+        lines.append(
+            f"   {when:10}  wins {wins:4.0%} by the reward model;  {preferred:4.0%} right with a {CHEER},"
+            f"  {sum(map(is_right, rows, answers)) / len(rows):4.0%} right"
+        )
+    return "\n".join(lines)
+
+
+def plot_losses(folder: Path) -> None:
+    """The loss curves of the three runs as `loss.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    titles = {"sft": "fine-tuning (nats per token)", "rm": "reward model (nats per pair)", "dpo": "DPO (nats per pair)"}
+    for axes, (method, title) in zip(panels, titles.items(), strict=True):
+        rows = [json.loads(line) for line in (folder / method / "run/metrics.jsonl").read_text().splitlines()]
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+            found = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*found, strict=True), style, label=label)
+        axes.set(xlabel="optimizer step", ylabel="loss", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
 def next_steps(folder: Path) -> str:
     return f"""
-   {folder}/sft             the fine-tuned model, in Hugging Face format
-   {folder}/sft/run         its record: options, metrics.jsonl, data report, plan
-   {folder}/loss.png        the loss curve
+   {folder}/sft, rm, dpo    the models, in Hugging Face format; each with its record in run/ (options, metrics.jsonl, …)
+   {folder}/loss.png        their loss curves
 
 Next:
    rlhf data inspect --pretrain {local(folder)}/model --dataset {local(folder)}/questions --input_key question --output_key answer
    rlhf train sft --pretrain YOUR_MODEL --dataset ./YOUR.jsonl --input_key prompt --output_key response --dry_run
-   rlhf train sft --help"""
+   rlhf train --help"""

@@ -93,7 +93,8 @@ class Strategy:
             engine, *_ = deepspeed().initialize(
                 model=model, config=self.frozen_config(offload), dist_init_required=False
             )
-        return engine.eval()
+        engine.eval()  # of DeepSpeed's engine, it returns nothing
+        return engine
 
     def frozen_config(self, offload: bool) -> dict[str, Any]:
         return frozen_config(bf16=self.config.model.bf16, world_size=self.world_size, offload=offload)

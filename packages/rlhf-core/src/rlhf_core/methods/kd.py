@@ -181,8 +181,9 @@ class KD(Method):
             logps, tokens = batch.columns["logps"], batch.columns["tokens"].long()
             if not batch.num_targets:
                 logps, tokens = logps.new_zeros(1, 1), tokens.new_zeros(1, 1)
+            own = {f"student_{name}": value for name, value in head.items()}
             return linear_topk_distillation_sum(
-                hidden, weight, logps, tokens, labels, temperature=options.kd_temperature, **weights, **head
+                hidden, weight, logps, tokens, labels, temperature=options.kd_temperature, **weights, **own
             )
 
         def with_teacher(teacher_hidden: Tensor, teacher_weight: Tensor, _: Tensor, **teacher_head: Any) -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config import LoraConfig, ModelConfig
-from rlhf_core.models.reward import HEAD, RewardHead, initialise_head
+from rlhf_core.models.attention import padded_implementation
+from rlhf_core.models.reward import HEAD, RewardHead, RewardModel, find_head, initialise_head
 from rlhf_data.errors import InputError
 
 PRETRAIN = "--pretrain"
@@ -139,13 +140,11 @@ def load_model(
         InputError: the weights cannot be loaded, or an option does not fit the model.
     """
     import torch
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     quantised = lora is not None and lora.load_in_4bit
     try:
-        with split_while_loading(deepspeed):
+        with split_while_loading(deepspeed), unreported():
             loaded, found = auto_class(head).from_pretrained(
                 model.pretrain,
                 dtype=dtype,
@@ -187,6 +186,31 @@ def auto_class(head: RewardHead | None) -> Any:
     return AutoModelForSequenceClassification if head else AutoModelForCausalLM
 
 
+def load_reward_model(model: ModelConfig, prefix: str | None = None, option: str = "--reward_pretrain") -> RewardModel:
+    """A reward model ready to score, on the CPU; without a head there is nothing to load.
+
+    Args:
+        model: which model.
+        prefix: `--value_head_prefix`, the head's name; by default it is found by looking.
+        option: the option that named the model, for errors.
+
+    Raises:
+        InputError: the folder is broken, or holds no reward model.
+    """
+    config = load_model_config(model, option)
+    found = find_head(model.pretrain, prefix, option)
+    if found is None:
+        raise InputError(
+            f"{option} {model.pretrain} has no reward head: it is a language model, not a reward model; train one with "
+            "`rlhf train rm`"
+        )
+    head = RewardHead(found, pad_token_id=config.get_text_config().pad_token_id)
+    attention = padded_implementation(config.get_text_config())
+    return RewardModel(
+        load_model(model, None, attn_implementation=attention, option=option, head=head), ragged=False
+    ).eval()
+
+
 @contextmanager
 def split_while_loading(deepspeed: dict[str, Any] | None) -> Iterator[None]:
     """Have transformers split weights over the ranks as it loads them, by a ZeRO-3 configuration; nothing to do without.
@@ -201,6 +225,20 @@ def split_while_loading(deepspeed: dict[str, Any] | None) -> Iterator[None]:
     finally:
         if alive:
             unset_hf_deepspeed_config()
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Without transformers' progress bar and its report of missing weights: `check_complete` has the last word on them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def check_complete(name: str, found: dict[str, Any], new: tuple[str, ...] = ()) -> None:

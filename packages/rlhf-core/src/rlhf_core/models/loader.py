@@ -13,7 +13,7 @@ from rlhf_core.models.backbone import Backbone
 from rlhf_core.models.check import check_model
 from rlhf_core.models.load import load_model, load_model_config
 from rlhf_core.models.policy import Policy
-from rlhf_core.models.reward import RewardModel
+from rlhf_core.models.reward import HEAD, RewardModel
 from rlhf_core.strategy import Strategy
 
 
@@ -36,6 +36,9 @@ class Models:
         config = self.config
         if self.ragged:
             self.strategy.say(f"attention: {self._ragged_implementation()[1]}")
+        if self.method.head:
+            found = self.method.head.found
+            self.strategy.say(f"head: {f'`{found}` of {config.model.pretrain}' if found else 'a new one'}, saved as `{HEAD}`")
         model = load_model(
             config.model,
             config.lora,

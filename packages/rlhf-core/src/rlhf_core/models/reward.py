@@ -184,6 +184,5 @@ def initialise_head(model: Any, seed: int) -> None:
     head = getattr(model, HEAD)
     with gathered([head.weight], write=True):
         shape = head.weight.shape
-        if head.weight.numel():  # with ZeRO-3, the first rank's copy is the one that is kept
-            values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / (shape[-1] + 1) ** 0.5
-            head.weight.data.copy_(values)
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / (shape[-1] + 1) ** 0.5
+        head.weight.data.copy_(values)
