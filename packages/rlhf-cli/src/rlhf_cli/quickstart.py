@@ -99,7 +99,11 @@ def make_inputs(folder: Path, config: QuickstartConfig) -> list[dict[str, str]]:
     rows = questions(config.rows, config.seed)
     held_out, training = rows[: config.rows // 20], rows[config.rows // 20 :]
     write(folder / "questions", cheered(training, config.seed), held_out)
-    write(folder / "pairs", preferences(training[: len(training) * 2 // 3], config.seed), preferences(held_out, config.seed))
+    write(
+        folder / "pairs",
+        preferences(training[: len(training) * 2 // 3], config.seed),
+        preferences(held_out, config.seed),
+    )
     texts = [TEMPLATE.replace("{}", row["question"]) + row["answer"] + CHEER for row in rows]
     tokenizer = make_tokenizer(texts, folder / "model", vocab_size=1024)
     make_model(tokenizer, folder / "model", hidden_size=128, layers=2, max_len=MAX_LEN, seed=config.seed)
@@ -233,7 +237,11 @@ def win_rates(folder: Path, rows: list[dict[str, str]], seed: int) -> str:
         "after DPO": answer(folder / "dpo", rows, seed=seed + 2),
     }
     theirs = rewards(folder / "rm", rows, opponent)
-    lines = ["", f"5. Answers drawn at random to {len(rows)} held-out questions, against others of the fine-tuned model", ""]
+    lines = [
+        "",
+        f"5. Answers drawn at random to {len(rows)} held-out questions, against others of the fine-tuned model",
+        "",
+    ]
     for row, was, now in list(zip(rows, *drawn.values(), strict=True))[:4]:
         lines += [f"   {row['question']}", f"      before  {was!r}", f"      after   {now!r}"]
     lines.append("")

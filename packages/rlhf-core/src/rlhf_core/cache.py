@@ -9,15 +9,17 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from rlhf_core.method import Window
+from rlhf_core.method import Method, Window
 from rlhf_core.strategy import Strategy
 from rlhf_data.errors import InputError, RunError
+from rlhf_data.store import cache_dir
 
 Rows = dict[str, np.ndarray]
 """Values of one sample by column, `[rows of the sample, …]` each."""
@@ -147,6 +149,46 @@ class Cached:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.dataset, name)
+
+
+def precompute(
+    method: Method,
+    models: Any,
+    rows: Callable[[Any, Window], Iterator[tuple[int, Rows]]],
+    counts: Callable[[Any], np.ndarray],
+    columns: dict[str, tuple[np.dtype[Any], int]],
+    **options: Any,
+) -> None:
+    """Have a method's frozen model say what it says of all samples, now or earlier, and let it go.
+
+    Afterwards the method's data sets are `Cached`, and it needs no frozen model.
+
+    Args:
+        method: with a frozen model.
+        models: loads it, if anything is missing.
+        rows: given the model and a window, this rank's part of the window.
+        counts: rows of each sample of a data set.
+        columns: as of `SampleCache`.
+        **options: what else determines the rows.
+    """
+    frozen, strategy, data, loaded = method.frozen, models.strategy, models.config.data, []
+    assert frozen is not None
+
+    def compute() -> Compute:
+        if not loaded:
+            loaded.append(models.frozen(frozen))
+        return partial(rows, loaded[0])
+
+    model = strategy.share(lambda: model_identity(frozen.name, models.config_of(frozen)))
+    for which in ("train", "evaluation"):
+        if (dataset := getattr(method, which)) is not None:
+            key = cache_key(
+                what=frozen.role, model=model, data=dataset.fingerprint, bf16=models.config.model.bf16, **options
+            )
+            cache = SampleCache(cache_dir(data.data_cache_dir), key, counts(dataset), columns)
+            cache.fill(dataset, compute, strategy, f"{frozen.role} on the {which} data")
+            setattr(method, which, Cached(dataset, cache))
+    method.frozen = None
 
 
 def cache_key(**parts: Any) -> str:

@@ -34,7 +34,9 @@ STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.in
 """Weights that an export of a whole model replaces."""
 
 
-def export(policy: Backbone, tokenizer: Any, folder: Path, strategy: Strategy | Alone, shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    policy: Backbone, tokenizer: Any, folder: Path, strategy: Strategy | Alone, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write the model (or, with LoRA, its adapter) and its tokenizer to `folder`, as `from_pretrained` and vLLM read them.
 
     All files are written beside, and moved into place when they are complete: a model already in `folder` (which may be the

@@ -39,7 +39,9 @@ def merge(config: MergeConfig) -> None:
     options = ModelConfig(pretrain=config.pretrain or base, trust_remote_code=config.trust_remote_code)
     option = "--pretrain" if config.pretrain else f"the base model of --adapter {folder},"
     if Path(config.save_path).resolve() in (folder.resolve(), Path(options.pretrain).resolve()):
-        raise InputError(f"--save_path {config.save_path} holds the adapter or its base model: save the merged model elsewhere")
+        raise InputError(
+            f"--save_path {config.save_path} holds the adapter or its base model: save the merged model elsewhere"
+        )
     architecture = load_model_config(options, option)
     tokenizer = tokenizer_of(folder, options)
     head = None

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+SHOWN = ("loss", "accuracy", "reward_margin", "learning_rate", "grad_norm", "tokens_per_second")
 
 
 class Display:
@@ -45,7 +45,8 @@ class Display:
         """Show a logged row."""
         if not self._active:
             return
-        evaluation = {name: value for name, value in row.items() if name.startswith("eval_")}
+        held_out = sorted((name for name in row if name.startswith("eval_")), key=lambda name: name != "eval_loss")
+        evaluation = {name: row[name] for name in held_out}
         text = "  ".join(
             f"{name} {value:.4g}" for name, value in (evaluation or row).items() if evaluation or name in SHOWN
         )

@@ -93,8 +93,10 @@ class Strategy:
             engine, *_ = deepspeed().initialize(
                 model=model, config=self.frozen_config(offload), dist_init_required=False
             )
-        engine.eval()  # of DeepSpeed's engine, it returns nothing
-        return engine
+        engine.eval()
+        # Not the engine: it would watch what its call returns for a backward pass, and a teacher's call returns the
+        # student's loss (see `KD.objective`). What gathers the weights is in the module's own hooks.
+        return engine.module
 
     def frozen_config(self, offload: bool) -> dict[str, Any]:
         return frozen_config(bf16=self.config.model.bf16, world_size=self.world_size, offload=offload)

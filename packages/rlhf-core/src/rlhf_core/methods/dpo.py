@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 
 from rlhf_core.batch import Batch
-from rlhf_core.cache import Cached, Compute, Rows, SampleCache, cache_key, model_identity
+from rlhf_core.cache import Cached, Rows, precompute
 from rlhf_core.config import REFERENCE_FREE, DPOConfig, shares_prefix
 from rlhf_core.method import Frozen, Method, Window
 from rlhf_core.methods.terms import balanced, pair_groups, token_budget
 from rlhf_core.metrics import Sums
 from rlhf_core.micro_batches import micro_batches
 from rlhf_core.run import run
+from rlhf_core.strategy import Strategy
 from rlhf_data.preferences import prepare_pairs
-from rlhf_data.store import cache_dir
 from rlhf_losses import (
     dpo_loss,
     hinge_loss,
@@ -54,25 +55,11 @@ class DPO(Method):
 
     def prepare(self, models: Any) -> None:
         """With `--precompute_ref`, the reference log-probs of all pairs, from the cache or computed now."""
-        if not (self.frozen and self.frozen.cached):
-            return
-        frozen, config, loaded = self.frozen, self.config, []
+        if self.frozen and self.frozen.cached:
+            rows = partial(self.reference_rows, models.strategy)
+            precompute(self, models, rows, lambda dataset: np.full(len(dataset), 2), {"logps": (np.dtype("f4"), 0)})
 
-        def compute() -> Compute:
-            loaded.append(models.frozen(frozen))
-            return lambda window: self.reference_rows(loaded[0], window, models.strategy)
-
-        identity = model_identity(frozen.name, models.config_of(frozen))
-        for which, dataset in (("train", self.train), ("evaluation", self.evaluation)):
-            if dataset is not None:
-                key = cache_key(what="reference", model=identity, data=dataset.fingerprint, bf16=config.model.bf16)
-                counts = np.full(len(dataset), 2)
-                cache = SampleCache(cache_dir(config.data.data_cache_dir), key, counts, {"logps": (np.dtype("f4"), 0)})
-                cache.fill(dataset, compute, models.strategy, f"reference log-probs ({which})")
-                setattr(self, which, Cached(dataset, cache))
-        self.frozen = None
-
-    def reference_rows(self, reference: Any, window: Window, strategy: Any) -> Iterator[tuple[int, Rows]]:
+    def reference_rows(self, strategy: Strategy, reference: Any, window: Window) -> Iterator[tuple[int, Rows]]:
         """The reference's log-probs of this rank's part of a window."""
         size = self.config.batch.micro_train_batch_size
         for places, batch in micro_batches(window, self.lay_out, strategy, size, self.token_budget):

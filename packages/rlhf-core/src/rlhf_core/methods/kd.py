@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.batch import Batch
-from rlhf_core.cache import Cached, Compute, Rows, SampleCache, cache_key, model_identity
+from rlhf_core.cache import Cached, Rows, precompute
 from rlhf_core.config import KDConfig
 from rlhf_core.generate import sample_responses
 from rlhf_core.method import Frozen, InMemory, Method, Window
@@ -19,10 +19,10 @@ from rlhf_core.methods.terms import balanced, is_training, perplexity, prompt_le
 from rlhf_core.metrics import Sums
 from rlhf_core.micro_batches import micro_batches
 from rlhf_core.run import run
+from rlhf_core.strategy import Strategy
 from rlhf_data.encode import Sample
 from rlhf_data.errors import InputError
 from rlhf_data.sft import prepare_sft
-from rlhf_data.store import cache_dir
 from rlhf_data.tokenizer import load_tokenizer
 from rlhf_losses import linear_distillation_sum, linear_topk_distillation_sum, linear_topk_logps
 
@@ -53,28 +53,16 @@ class KD(Method):
 
     def prepare(self, models: Any) -> None:
         """With `--cache_teacher`, the teacher's likeliest tokens at every target, from the cache or computed now."""
-        frozen, config, loaded = self.frozen, self.config, []
-        if not (frozen and frozen.cached):
+        if not (self.frozen and self.frozen.cached):
             return
-        teacher_config = models.config_of(frozen)
-        k = min(config.teacher.teacher_top_k or 64, self.vocabulary)
+        teacher_vocabulary = models.config_of(self.frozen).get_text_config().vocab_size
+        k = min(self.config.teacher.teacher_top_k or 64, self.vocabulary, teacher_vocabulary)
+        columns = {"logps": (np.dtype("f4"), k), "tokens": (np.dtype("i4"), k)}
+        key = {"k": k, "vocabulary": self.vocabulary, "temperature": self.options.kd_temperature}
+        rows = partial(self.teacher_rows, models.strategy, k)
+        precompute(self, models, rows, lambda dataset: dataset.num_targets, columns, **key)
 
-        def compute() -> Compute:
-            loaded.append(models.frozen(frozen))
-            return lambda window: self.teacher_rows(loaded[0], window, models.strategy, k)
-
-        identity = model_identity(frozen.name, teacher_config)
-        for which, dataset in (("train", self.train), ("evaluation", self.evaluation)):
-            if dataset is not None:
-                key = cache_key(what="teacher", model=identity, data=dataset.fingerprint, bf16=config.model.bf16, k=k,
-                                vocabulary=self.vocabulary, temperature=self.options.kd_temperature)  # fmt: skip
-                columns = {"logps": (np.dtype("f4"), k), "tokens": (np.dtype("i4"), k)}
-                cache = SampleCache(cache_dir(config.data.data_cache_dir), key, dataset.num_targets, columns)
-                cache.fill(dataset, compute, models.strategy, f"teacher's likeliest tokens ({which})")
-                setattr(self, which, Cached(dataset, cache))
-        self.frozen = None
-
-    def teacher_rows(self, teacher: Any, window: Window, strategy: Any, k: int) -> Iterator[tuple[int, Rows]]:
+    def teacher_rows(self, strategy: Strategy, k: int, teacher: Any, window: Window) -> Iterator[tuple[int, Rows]]:
         """The teacher's `k` likeliest tokens at the targets of this rank's part of a window."""
 
         def likeliest(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> tuple[Tensor, Tensor]:

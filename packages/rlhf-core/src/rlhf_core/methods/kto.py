@@ -143,19 +143,21 @@ class KTO(Method):
 def unrelated(samples: Sequence[Sample], max_len: int) -> list[Sample | None]:
     """Every prompt with the response of another sample.
 
-    The next sample in the step whose response is another text and, if there is one, whose prompt is another too. A sample
-    that has no such partner gets none.
+    The next sample in the step whose response is another text (once cut) and, if there is one, whose prompt is another too.
+    A sample that has no such partner gets none.
 
     Args:
         samples: of one step.
         max_len: longest sample; a response is cut there.
     """
-    prompts = [sample.input_ids[: prompt_length(sample)].tobytes() for sample in samples]
-    responses = [sample.input_ids[prompt_length(sample) :].tobytes() for sample in samples]
+    starts = [prompt_length(sample) for sample in samples]
+    prompts = [sample.input_ids[:start].tobytes() for sample, start in zip(samples, starts, strict=True)]
+    responses = [sample.input_ids[start:] for sample, start in zip(samples, starts, strict=True)]
     found: list[Sample | None] = []
     for i, sample in enumerate(samples):
         following = [(i + step) % len(samples) for step in range(1, len(samples))]
-        candidates = [j for j in following if responses[j] != responses[i]]
+        own, room = responses[i].tobytes(), max_len - starts[i]
+        candidates = [j for j in following if responses[j][:room].tobytes() != own]
         partner = next((j for j in candidates if prompts[j] != prompts[i]), next(iter(candidates), None))
         found.append(None if partner is None else answered(sample, samples[partner], max_len))
     return found

@@ -38,7 +38,9 @@ class Models:
             self.strategy.say(f"attention: {self._ragged_implementation()[1]}")
         if self.method.head:
             found = self.method.head.found
-            self.strategy.say(f"head: {f'`{found}` of {config.model.pretrain}' if found else 'a new one'}, saved as `{HEAD}`")
+            self.strategy.say(
+                f"head: {f'`{found}` of {config.model.pretrain}' if found else 'a new one'}, saved as `{HEAD}`"
+            )
         model = load_model(
             config.model,
             config.lora,
