@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from rlhf_cli.main import app
 from rlhf_cli.options import RUN, markers, options
 from rlhf_cli.quickstart import QuickstartConfig
-from rlhf_core.config import SFTConfig
+from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig
 from rlhf_data.config import Alias
 from rlhf_data.inspection import InspectConfig
 
@@ -25,6 +25,11 @@ PAGE = Path(__file__).with_name("cli.md")
 CONFIGS: dict[str, type[BaseModel]] = {
     "rlhf quickstart": QuickstartConfig,
     "rlhf train sft": SFTConfig,
+    "rlhf train rm": RMConfig,
+    "rlhf train dpo": DPOConfig,
+    "rlhf train kto": KTOConfig,
+    "rlhf train kd": KDConfig,
+    "rlhf merge": MergeConfig,
     "rlhf data inspect": InspectConfig,
 }
 """What each command reads."""

@@ -39,6 +39,20 @@ def words(count: int) -> list[dict[str, str]]:
     ]
 
 
+def preferences(count: int) -> list[dict[str, Any]]:
+    """Those questions with a better and a worse answer, how much better it is, and whether the response is desirable."""
+    return [
+        row
+        | {
+            "chosen": row["response"],
+            "rejected": " ".join([*reversed(row["response"].split()), WORDS[(i * 7 + 3) % 12]]),
+            "margin": (i % 5) / 4,
+            "label": i % 3 != 1,
+        }
+        for i, row in enumerate(words(count))
+    ]
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer model with its tokenizer; copy it before changing it."""
@@ -61,6 +75,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 26 questions and responses: a few steps, the last of them not full."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in words(26)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def preferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 26 rows that every method can learn from: question, response, chosen, rejected, margin, label."""
+    path = tmp_path_factory.mktemp("data") / "preferred.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in preferences(26)))
     return path
 
 
@@ -109,6 +131,29 @@ def sft(tiny: Path, data: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "save_path": tmp_path / "out",
         }  # fmt: skip
         return ["train", "sft", *as_flags(usual | options), *more]
+
+    return make
+
+
+METHODS = {
+    "rm": {"prompt_key": "question"},
+    "dpo": {"prompt_key": "question"},
+    "kto": {"input_key": "question", "output_key": "response", "input_template": ""},
+    "kd": {"input_key": "question", "output_key": "response"},
+}
+
+
+@pytest.fixture
+def train(tiny: Path, preferred: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a small run of any method, with options changed, added, or (None) left out."""
+
+    def make(method: str, *more: str, **options: Any) -> list[str]:
+        usual = {
+            "pretrain": tiny, "dataset": preferred, "max_len": 96, "train_batch_size": 8, "micro_train_batch_size": 4,
+            "max_epochs": 1, "learning_rate": 1e-3, "save_path": tmp_path / "out",
+        }  # fmt: skip
+        own = METHODS[method] | ({"teacher_model": tiny} if method == "kd" else {})
+        return ["train", method, *as_flags(usual | own | options), *more]
 
     return make
 

@@ -30,7 +30,7 @@ def no_weight_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded before the input was refused")
 
-    monkeypatch.setattr("rlhf_core.models.load.load_model", refuse)
+    monkeypatch.setattr("rlhf_core.models.loader.load_model", refuse)
 
 
 early = pytest.mark.usefixtures("no_weight_is_loaded")
@@ -482,6 +482,197 @@ def test_model_folders_that_cannot_be_used_are_refused(folder, more, says, bench
     pretrain = folder(bench)
     refused(rlhf(sft(pretrain=pretrain)), (*says, str(pretrain)))
     untouched(tmp_path / "out")
+
+
+PREFERRED = {"question": "Say red", "response": "red", "chosen": "red", "rejected": "blue", "margin": 1, "label": True}
+TURNS = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+         "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]}  # fmt: skip
+SHUFFLED = "uno dos tres cuatro cinco seis siete"
+
+
+def learn(method: str, name: str, options: dict[str, Any] | Bench, *says: str) -> Any:
+    """A row of a table: a method, options that differ from a good command's, and what the message must contain."""
+    return pytest.param(method, options, says, id=f"{method}-{name.replace(' ', '-')}")
+
+
+def unlike(*changes: dict[str, Any], **options: Any) -> Bench:
+    """A data set of a good row and a row for each of `changes`."""
+    return lambda b: {"dataset": b.rows(PREFERRED, *[PREFERRED | change for change in changes])} | options
+
+
+def all_unlike(change: dict[str, Any], **options: Any) -> Bench:
+    """A data set of three rows, all with the same fault."""
+    return lambda b: {"dataset": b.rows(*[PREFERRED | change] * 3)} | options
+
+
+def lacking(*columns: str, **options: Any) -> Bench:
+    """A data set without these columns."""
+    return lambda b: {"dataset": b.rows({k: v for k, v in PREFERRED.items() if k not in columns})} | options
+
+
+def turns(**options: Any) -> Bench:
+    """Pairs of whole conversations."""
+    return lambda b: {"dataset": b.rows(TURNS), "prompt_key": None, "apply_chat_template": True} | options
+
+
+def headed(folder: Path, *names: str, outputs: int = 1) -> Path:
+    """Add heads to a model's weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    heads = {f"{name}.weight": torch.zeros(outputs, 64) for name in names}
+    save_file(load_file(folder / "model.safetensors") | heads, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def stranger(folder: Path) -> Path:
+    """Make a model whose tokenizer learnt another language."""
+    from rlhf_core.tiny import make_model, make_tokenizer
+
+    make_model(make_tokenizer([SHUFFLED], folder, vocab_size=300), folder, hidden_size=32, layers=1)
+    return folder
+
+
+PAIRS = [
+    learn("dpo", "misspelt chosen", {"chosen_key": "chosn"}, "preferred.jsonl:1: --chosen_key chosn: no key", "did you mean `chosen`?"),
+    learn("rm", "misspelt rejected", {"rejected_key": "rejcted"}, "--rejected_key rejcted: no key", "did you mean `rejected`?"),
+    learn("rm", "no rejected", lacking("rejected"), "rows.jsonl:1: --rejected_key rejected: no key", "`chosen`, `margin`, `label`"),
+    learn("dpo", "misspelt prompt", {"prompt_key": "qestion"}, "--prompt_key qestion: no key", "did you mean `question`?"),
+    learn("dpo", "no prompt", {"prompt_key": None}, "`chosen` holds no prompt before the response", "--prompt_key", "columns are `question`"),
+    learn("dpo", "whole texts as chat", {"prompt_key": None, "apply_chat_template": True}, "preferred.jsonl:1", "--prompt_key"),
+    learn("rm", "whole texts as chat", {"prompt_key": None, "apply_chat_template": True}, "whole texts", "--prompt_key, or leave them out"),
+    learn("dpo", "numbers for text", all_unlike({"chosen": 3}), "none of 3 rows", "`chosen` is a number, not text", "rows.jsonl:1"),
+    learn("rm", "null", all_unlike({"rejected": None}), "none of 3 rows", "`rejected` is null", "rows.jsonl:1"),
+    learn("rm", "list of text", all_unlike({"rejected": ["a"]}), "`rejected` has text among its messages", "rows.jsonl:1"),
+    learn("dpo", "empty response", all_unlike({"chosen": " "}), "`chosen` is empty", "rows.jsonl:1"),
+    learn("rm", "both sides the same", all_unlike({"rejected": "red"}), "none of 3 rows", "chosen and rejected are the same (first:"),
+    learn("dpo", "the same once cut", all_unlike({"chosen": "red " * 99 + "a", "rejected": "red " * 99 + "b"}, max_len=32), "are the same once cut at --max_len", "rows.jsonl:1"),
+    learn("dpo", "prompts longer than the limit", {"max_len": 4}, "none of 26 rows", "prompt longer than --max_len"),
+    learn("dpo", "one bad pair when none may be", unlike({"rejected": "red"}, strict_data=True), "rows.jsonl:2", "chosen and rejected are the same", "--strict_data"),
+    learn("dpo", "chat without a template", turns(apply_chat_template=None), "rows.jsonl:1", "give --apply_chat_template"),
+    learn("rm", "chat without a template", turns(apply_chat_template=None), "rows.jsonl:1", "give --apply_chat_template"),
+    learn("dpo", "two prompts", lambda b: turns()(b) | {"dataset": b.rows(TURNS | {"rejected": [{"role": "user", "content": "x"}, TURNS["rejected"][1]]})}, "answer different prompts", "rows.jsonl:1"),
+    learn("dpo", "another prompt than its column", lambda b: {"apply_chat_template": True, "dataset": b.rows({"question": "x"} | TURNS)}, "`chosen` begins with a user turn that is not `question`"),
+    learn("rm", "rows of another method", lambda b: {"dataset": b.rows(GOOD)}, "--chosen_key chosen: no key", "`question`, `response`"),
+    learn("rm", "misspelt margin", {"margin_loss": True, "margin_key": "magrin"}, "--margin_key magrin: no key", "did you mean `margin`?"),
+    learn("rm", "no margin", lacking("margin", margin_loss=True), "rows.jsonl:1: --margin_key margin: no key"),
+    learn("rm", "margin that is text", unlike({"margin": "much"}, margin_loss=True), "rows.jsonl:2: `margin` is 'much'", "finite number", "--margin_key"),
+    learn("rm", "margin that is null", unlike({}, {"margin": None}, margin_loss=True), "rows.jsonl:3: `margin` is", "without --margin_loss"),
+    learn("rm", "margin that is no number", unlike({"margin": float("nan")}, margin_loss=True), "rows.jsonl:2: `margin` is nan", "finite number"),
+    learn("rm", "margin that is infinite", unlike({"margin": float("inf")}, margin_loss=True), "rows.jsonl:2: `margin` is inf", "finite number"),
+    learn("rm", "margin that is true", unlike({"margin": True}, margin_loss=True), "rows.jsonl:2: `margin` is", "finite number"),
+    learn("rm", "margin column for nothing", {"margin_key": "gap"}, "--margin_key gap is for --margin_loss"),
+]  # fmt: skip
+
+LABELS = [
+    learn("kto", "misspelt label", {"label_key": "lable"}, "preferred.jsonl:1: --label_key lable: no key", "did you mean `label`?"),
+    learn("kto", "no label", lacking("label"), "rows.jsonl:1: --label_key label: no key", "`question`, `response`"),
+    learn("kto", "misspelt response", {"output_key": "respnse"}, "--output_key respnse: no key", "did you mean `response`?"),
+    learn("kto", "two", unlike({"label": 2}), "rows.jsonl:2: `label` is 2", "true or false, or 1 or 0", "--label_threshold"),
+    learn("kto", "a half", unlike({"label": 0.5}), "rows.jsonl:2: `label` is 0.5", "--label_threshold"),
+    learn("kto", "a word", unlike({"label": "yes"}), "rows.jsonl:2: `label` is 'yes'", "true or false", "--label_key"),
+    learn("kto", "null", unlike({}, {"label": None}), "rows.jsonl:3: `label` is", "true or false", "--label_key"),
+    learn("kto", "a list", unlike({"label": [True]}), "rows.jsonl:2: `label` is [True]", "true or false"),
+    learn("kto", "words beside a threshold", lambda b: {"label_threshold": 3, "dataset": b.rows(PREFERRED | {"label": "good"})}, "rows.jsonl:1: `label` is 'good'", "--label_threshold 3", "finite number"),
+    learn("kto", "truths beside a threshold", {"label_threshold": 0.5}, "preferred.jsonl:1: `label` is", "true or false need no threshold"),
+    learn("kto", "a threshold in words", {"label_threshold": "high"}, "--label_threshold", "number", "'high'"),
+    learn("kto", "chat without a template", lambda b: {"dataset": b.rows({"messages": TURNS["chosen"], "label": True}), "input_key": "messages", "output_key": None}, "rows.jsonl:1", "give --apply_chat_template"),
+    learn("kto", "rows of pairs", lambda b: {"dataset": b.rows({"prompt": "a", "chosen": "b", "rejected": "c"}), "input_key": None, "output_key": None}, "--label_key label: no key", "`prompt`, `chosen`, `rejected`"),
+]  # fmt: skip
+
+CONTRADICTIONS = [
+    learn("dpo", "shared prompts of padded rows", {"share_prefix": True}, "--share_prefix", "--flash_attn or --packing_samples"),
+    learn("rm", "shared prompts of padded rows", {"share_prefix": True}, "--share_prefix", "--flash_attn or --packing_samples"),
+    learn("dpo", "ipo and another loss", {"ipo": True, "loss_type": "hinge"}, "--ipo and --loss_type hinge", "one of them"),
+    learn("dpo", "smoothing for ipo", {"ipo": True, "label_smoothing": 0.1}, "--label_smoothing 0.1", "ipo", "leave it out"),
+    learn("dpo", "smoothing for hinge", {"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing 0.1", "hinge"),
+    learn("dpo", "smoothing for simpo", {"loss_type": "simpo", "label_smoothing": 0.1}, "--label_smoothing 0.1", "simpo"),
+    learn("dpo", "labels that say nothing", {"label_smoothing": 0.5}, "--label_smoothing", "less than 0.5", "'0.5'"),
+    learn("dpo", "robust to nothing", {"loss_type": "robust"}, "--loss_type robust needs --label_smoothing", "e.g. 0.1"),
+    learn("dpo", "gamma without simpo", {"simpo_gamma": 1}, "--simpo_gamma 1", "--loss_type simpo, not dpo"),
+    learn("dpo", "nll twice", {"loss_type": "orpo", "nll_loss_coef": 0.1}, "--nll_loss_coef", "orpo", "leave the option out"),
+    learn("dpo", "reference of simpo", {"loss_type": "simpo", "ref_pretrain": "x", "ref_offload": True}, "--ref_pretrain and --ref_offload", "simpo has no reference"),
+    learn("dpo", "computed reference of orpo", {"loss_type": "orpo", "precompute_ref": True}, "--precompute_ref", "orpo has no reference"),
+    learn("dpo", "computed and offloaded", {"precompute_ref": True, "ref_offload": True}, "--ref_offload", "--precompute_ref", "one of them"),
+    learn("dpo", "adapter and offloaded", {"lora_rank": 4, "ref_offload": True}, "--ref_offload", "LoRA", "nothing to offload"),
+    learn("kto", "adapter and offloaded", {"lora_rank": 4, "ref_offload": True}, "--ref_offload", "LoRA", "nothing to offload"),
+    learn("dpo", "row below its pair", {"packing_samples": True, "packing_tokens": 100}, "--packing_tokens 100", "2 times --max_len 96", "a pair of that length"),
+    learn("rm", "row below its pair", {"packing_samples": True, "packing_tokens": 191}, "--packing_tokens 191", "2 times --max_len 96"),
+    learn("kto", "row below its sample", {"packing_samples": True, "packing_tokens": 95}, "--packing_tokens 95", "less than --max_len 96"),
+    learn("kto", "nothing to compare with", {"train_batch_size": 1, "micro_train_batch_size": 1}, "--train_batch_size 1", "at least 2"),
+    learn("dpo", "negative beta", {"beta": -0.1}, "--beta", "greater than 0", "'-0.1'"),
+    learn("kto", "zero beta", {"beta": 0}, "--beta", "greater than 0", "'0'"),
+    learn("kto", "zero weight", {"desirable_loss_weight": 0}, "--desirable_loss_weight", "greater than 0"),
+    learn("dpo", "unknown loss", {"loss_type": "simp"}, "--loss_type", "'simp'", "'simpo'"),
+    learn("rm", "unknown loss", {"loss": "sigmod"}, "--loss", "'sigmod'", "'sigmoid'"),
+    learn("kd", "unknown loss", {"kd_loss": "forwardkl"}, "--kd_loss", "'forwardkl'", "'forward_kl'"),
+    learn("rm", "option of another method", {"input_key": "question"}, "no option --input_key", "did you mean --prompt_key?"),
+    learn("kto", "option of another method", {"precompute_ref": True}, "--precompute_ref", "--help"),
+    learn("kd", "no teacher", {"teacher_model": None}, "--teacher_model is required"),
+    learn("kd", "no use of the teacher", {"kd_coef": 0}, "--kd_coef 0", "rlhf train sft"),
+    learn("kd", "more than all of the teacher", {"kd_coef": 2}, "--kd_coef", "less than or equal to 1", "'2'"),
+    learn("kd", "beta without jsd", {"kd_beta": 0.5}, "--kd_beta is for --kd_loss jsd, not forward_kl"),
+    learn("kd", "alpha without skew", {"kd_alpha": 0.5, "kd_loss": "jsd"}, "--kd_alpha is for --kd_loss skew_kl, not jsd"),
+    learn("kd", "beta of one", {"kd_beta": 1, "kd_loss": "jsd"}, "--kd_beta", "less than 1", "'1'"),
+    learn("kd", "no temperature", {"kd_temperature": 0}, "--kd_temperature", "greater than 0"),
+    learn("kd", "cache of another loss", {"cache_teacher": True, "kd_loss": "reverse_kl"}, "--cache_teacher", "reverse_kl", "use --kd_loss forward_kl"),
+    learn("kd", "cache of new responses", {"cache_teacher": True, "on_policy_fraction": 0.5}, "--on_policy_fraction", "--cache_teacher", "one of them"),
+    learn("kd", "cached and offloaded", {"cache_teacher": True, "teacher_offload": True}, "--teacher_offload", "--cache_teacher", "one of them"),
+    learn("kd", "top tokens of no cache", {"teacher_top_k": 4}, "--teacher_top_k is for --cache_teacher"),
+    learn("kd", "length of no responses", {"generate_max_len": 4}, "--generate_max_len", "set --on_policy_fraction"),
+    learn("kd", "temperature of no responses", {"on_policy_temperature": 0.7}, "--on_policy_temperature", "set --on_policy_fraction"),
+    learn("kd", "responses to no prompts", {"on_policy_fraction": 0.5, "pretrain_mode": True}, "--on_policy_fraction", "--pretrain_mode has none"),
+]  # fmt: skip
+
+OTHER_MODELS = [
+    learn("dpo", "no such reference", lambda b: {"ref_pretrain": b.tmp / "model"}, "--ref_pretrain", "there is no such folder"),
+    learn("kto", "reference without weights", lambda b: {"ref_pretrain": b.copy(without=("model.safetensors",))}, "--ref_pretrain", "no weights (*.safetensors)"),
+    learn("dpo", "reference cut off", lambda b: {"ref_pretrain": cut(b.copy() / "model.safetensors", 100_000)}, "--ref_pretrain", "is damaged", "100000 bytes"),
+    learn("kto", "adapter as reference", lambda b: {"ref_pretrain": adapter(b.copy())}, "--ref_pretrain", "is an adapter", "rlhf merge"),
+    learn("dpo", "reference of a short context", lambda b: {"ref_pretrain": b.copy(config={"max_position_embeddings": 8})}, "takes 8: set --max_len 8 or less"),
+    learn("kd", "no such teacher", lambda b: {"teacher_model": b.tmp / "model"}, "--teacher_model", "folder"),
+    learn("kd", "teacher without weights", lambda b: {"teacher_model": b.copy(without=("model.safetensors",))}, "--teacher_model", "no weights (*.safetensors)"),
+    learn("kd", "teacher cut off", lambda b: {"teacher_model": cut(b.copy() / "model.safetensors", 100_000)}, "--teacher_model", "is damaged", "100000 bytes"),
+    learn("kd", "adapter as teacher", lambda b: {"teacher_model": adapter(b.copy())}, "--teacher_model", "is an adapter", "rlhf merge"),
+    learn("kd", "teacher of a short context", lambda b: {"teacher_model": b.copy(config={"max_position_embeddings": 8})}, "takes 8: set --max_len 8 or less"),
+    learn("kd", "teacher without a tokenizer", lambda b: {"teacher_model": b.copy(without=("tokenizer.json", "tokenizer_config.json"))}, "--teacher_model: no tokenizer can be loaded", "it has no tokenizer files"),
+    learn("kd", "teacher of another language", lambda b: {"teacher_model": stranger(b.tmp / "model")}, "--teacher_model", "has another vocabulary than --pretrain", "tokens differ, the first being"),
+    learn("kd", "teacher of fewer tokens", lambda b: {"pretrain": with_tokens(b.copy(config={"vocab_size": 329}))}, "--teacher_model", "does not know 9 tokens", "'<0>'"),
+    learn("rm", "classifier", lambda b: {"pretrain": headed(b.copy(), "score", outputs=2)}, "--pretrain", "classifier of 2 labels"),
+    learn("rm", "another head", lambda b: {"pretrain": headed(b.copy(), "score"), "value_head_prefix": "value_head"}, "--value_head_prefix value_head", "has another head: score"),
+    learn("rm", "two heads", lambda b: {"pretrain": headed(b.copy(), "v_head", "value_head")}, "has these heads: v_head, value_head", "--value_head_prefix"),
+    learn("rm", "no sequence classification", lambda b: {"pretrain": b.copy(config={"model_type": "bamba", "architectures": None})}, "--pretrain", "(bamba) is no sequence classification model"),
+]  # fmt: skip
+
+
+@early
+@pytest.mark.parametrize(("method", "options", "says"), [*PAIRS, *LABELS, *CONTRADICTIONS, *OTHER_MODELS])
+def test_what_no_method_can_learn_from_is_refused(method, options, says, bench, train, rlhf, tmp_path):
+    refused(rlhf(train(method, **(options(bench) if callable(options) else options))), says)
+    untouched(tmp_path / "out")
+
+
+@early
+@pytest.mark.xfail(strict=True, reason="run.py does not compare a reference's vocabulary: IndexError in the first forward pass")
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_reference_of_another_language_is_refused(method, train, rlhf, tmp_path):
+    refused(rlhf(train(method, ref_pretrain=stranger(tmp_path / "model"))), ("--ref_pretrain", "vocabulary"))
+    untouched(tmp_path / "out")
+
+
+@early
+@pytest.mark.xfail(strict=True, reason="find_head makes a new head where the one that was named is not there")
+def test_a_head_that_is_named_and_not_there_is_refused(train, rlhf, tmp_path):
+    refused(rlhf(train("rm", value_head_prefix="value_head")), ("--value_head_prefix value_head", "--pretrain"))
+    untouched(tmp_path / "out")
+
+
+def test_labels_and_margins_may_be_written_as_text(bench, train, rlhf):
+    """All that a CSV file holds is text."""
+    table = bench.file("d.csv", "question,response,chosen,rejected,margin,label\nSay a,a,a,b,0.5,TRUE\nSay b,b,b,c,1e-1,0\n")
+    for method, options in (("rm", {"margin_loss": True}), ("kto", {})):
+        answer = rlhf(train(method, "--dry_run", dataset=table, **options))
+        assert answer.code == 0 and "2 of 2 rows kept" in answer.out, answer.err
 
 
 @early

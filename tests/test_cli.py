@@ -36,7 +36,7 @@ def imported_by(*arguments: str, first: str = "") -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("train", "sft", "--help"), ("data", "inspect", "-h"), ("quickstart", "-h"), ("--version",)],
+    [("--help",), *[("train", method, "--help") for method in ("sft", "rm", "dpo", "kto", "kd")], ("data", "inspect", "-h"), ("quickstart", "-h"), ("--version",)],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments):
@@ -77,6 +77,27 @@ def test_every_documented_option_is_accepted(line, sft, rlhf, tmp_path, monkeypa
     answer = rlhf(sft("--dry_run", *shlex.split(line)))
     assert answer.code == 0, answer.err
     assert "Plan" in answer.out
+
+
+DOCUMENTED_OF = {
+    "rm": """--prompt_key question | --chosen_key chosen --rejected_key rejected | --packing_samples | --value_head_prefix score
+        --tokenizer_chat_template {{messages}} | --compute_fp32_loss | --loss sigmoid | --margin_loss""",
+    "dpo": """--prompt_key question | --chosen_key chosen --rejected_key rejected | --packing_samples | --ref_offload | --beta 0.1 | --ipo
+        --label_smoothing 0.1 | --nll_loss_coef 0.2 | --dataset_probs 1.0 | --ref_pretrain TINY""",
+    "kto": """--input_key question --output_key response --label_key label | --ref_offload | --beta 0.1 | --desirable_loss_weight 1.3
+        --undesirable_loss_weight 0.7 | --input_template 'User: {}\\nAssistant: ' | --packing_samples""",
+    "kd": "--teacher_offload | --kd_coef 0.4 | --input_template 'User: {}\\nAssistant: ' | --packing_samples",
+}
+"""The options that usage.rst gives to the other methods."""
+
+
+@pytest.mark.parametrize("method", DOCUMENTED_OF)
+def test_every_documented_option_of_a_method_is_accepted(method, tiny, train, rlhf, tmp_path):
+    for line in DOCUMENTED_OF[method].replace("\n", "|").replace("TINY", str(tiny)).split("|"):
+        answer = rlhf(train(method, "--dry_run", *shlex.split(line)))
+        assert answer.code == 0, (line, answer.err)
+        assert "Plan" in answer.out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -121,10 +142,10 @@ def test_what_is_not_given_has_the_default_of_the_config(rlhf, monkeypatch):
 def test_no_two_options_of_a_command_share_a_flag():
     from rlhf_cli.options import aliases_of, options
     from rlhf_cli.quickstart import QuickstartConfig
-    from rlhf_core.config import SFTConfig
+    from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig
     from rlhf_data.inspection import InspectConfig
 
-    for config in (SFTConfig, InspectConfig, QuickstartConfig):
+    for config in (SFTConfig, RMConfig, DPOConfig, KTOConfig, KDConfig, MergeConfig, InspectConfig, QuickstartConfig):
         flags = [flag for name, field, _ in options(config) for flag in (name, *aliases_of(field))]
         assert len(flags) == len(set(flags))
 
@@ -203,6 +224,24 @@ def test_the_record_of_a_run_is_an_option_file_that_gives_the_same_run(sft, rlhf
     ]
 
 
+def test_the_record_of_a_preference_run_is_an_option_file_that_gives_the_same_run(tiny, train, rlhf, tmp_path, metrics):
+    from rlhf_cli.options import build, read_yaml
+    from rlhf_core.config import DPOConfig
+
+    given = {"flash_attn": True, "ipo": True, "nll_loss_coef": 0.1, "max_samples": 16, "ref_pretrain": tiny}
+    first = rlhf(train("dpo", "--no_share_prefix", **given))
+    assert first.code == 0, first.err
+    record = tmp_path / "out/run/config.json"
+    config = build(DPOConfig, read_yaml(record, DPOConfig))
+    assert config.model_dump(mode="json") == json.loads(record.read_text())
+    assert config.preference.ipo and config.preference.share_prefix is False
+    again = rlhf(["train", "dpo", "--config", str(record), "--save_path", str(tmp_path / "again")])
+    assert again.code == 0, again.err
+    assert [row["loss"] for row in metrics(tmp_path / "again") if "loss" in row] == [
+        row["loss"] for row in metrics(tmp_path / "out") if "loss" in row
+    ]
+
+
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -255,7 +294,7 @@ def test_a_dry_run_prints_the_plan_loads_no_weight_and_writes_nothing(sft, rlhf,
     def refuse(*args, **kwargs):
         raise AssertionError("a dry run loaded weights")
 
-    monkeypatch.setattr("rlhf_core.models.load.load_model", refuse)
+    monkeypatch.setattr("rlhf_core.models.loader.load_model", refuse)
     before = sorted(tmp_path.rglob("*"))
     answer = rlhf(sft("--dry_run", max_epochs=3, save_steps=2, zero_stage=3, use_tensorboard=tmp_path / "board"))
     assert answer.code == 0, answer.err
@@ -263,6 +302,22 @@ def test_a_dry_run_prints_the_plan_loads_no_weight_and_writes_nothing(sft, rlhf,
     for part in ("Plan", "25 samples", "1 samples held out", "3 epoch(s) x 4 steps = 12 optimizer steps", "M parameters", "ZeRO stage 3",
                  "memory", "weights", "optimizer", "checkpoint every 2 steps", "TensorBoard"):  # fmt: skip
         assert part in answer.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", ["rm", "dpo", "kto", "kd"])
+def test_a_dry_run_of_any_method_prints_its_plan_and_writes_nothing(method, train, rlhf, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dry run loaded weights")
+
+    monkeypatch.setattr("rlhf_core.models.loader.load_model", refuse)
+    before = sorted(tmp_path.rglob("*"))
+    answer = rlhf(train(method, "--dry_run", max_epochs=3, zero_stage=3))
+    assert answer.code == 0, answer.err
+    assert answer.err == ""
+    for part in ("Plan", "25 samples", "1 samples held out", "3 epoch(s) x 4 steps = 12 optimizer steps", "ZeRO stage 3"):
+        assert part in answer.out
+    assert (", frozen " in answer.out) == (method != "rm")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -77,29 +76,33 @@ def test_the_changelog_of_a_package_has_its_version(package):
     assert f"## [{version}]" in (folder / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_every_logged_metric_is_explained(tmp_path):
-    from rlhf_core.config import BatchConfig, CheckpointConfig, ModelConfig, SFTConfig
-    from rlhf_core.methods import sft
-    from rlhf_core.tiny import make_model, make_tokenizer
-    from rlhf_data.config import SFTDataConfig
-
-    rows = [{"prompt": f"count to {n}", "response": " ".join(map(str, range(n)))} for n in range(1, 21)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = make_tokenizer([row["response"] for row in rows], tmp_path / "model", vocab_size=300)
-    make_model(tokenizer, tmp_path / "model", hidden_size=64, max_len=128)
-    sft.train(
-        SFTConfig(
-            model=ModelConfig(pretrain=str(tmp_path / "model")),
-            data=SFTDataConfig(dataset=str(tmp_path / "rows.jsonl"), max_len=128, eval_ratio=0.2),
-            batch=BatchConfig(train_batch_size=8, micro_train_batch_size=4, max_epochs=1),
-            checkpoint=CheckpointConfig(save_path=str(tmp_path / "out")),
-        )
-    )
-    lines = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
-    logged = {key for line in lines for key in json.loads(line)}
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("sft", {}, {"loss", "eval_perplexity", "tokens_per_second"}),
+        ("rm", {}, {"accuracy", "eval_calibration_error", "eval_accuracy_up_to_64_tokens"}),
+        ("dpo", {}, {"kl", "nll_loss", "eval_chosen_logps"}),
+        ("dpo", {"loss_type": "simpo"}, {"reward_margin"}),
+        ("kto", {}, {"kl", "desirable_reward", "eval_reward_margin"}),
+        ("kd", {"on_policy_fraction": 0.5, "generate_max_len": 4}, {"on_policy_length", "eval_kd_loss"}),
+    ],
+)
+def test_every_logged_metric_is_explained(method, options, expected, sft, train, rlhf, metrics, tmp_path):
+    options |= {"eval_ratio": 0.3, "max_samples": 20}
+    answer = rlhf(sft(**options) if method == "sft" else train(method, **options))
+    assert answer.code == 0, answer.err
+    logged = {key for row in metrics(tmp_path / "out") for key in row}
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
-    assert {"loss", "eval_loss", "tokens_per_second"} <= logged <= explained
+    assert expected <= logged <= explained
+
+
+def test_the_buckets_of_lengths_are_explained():
+    from rlhf_core.methods.rm import BUCKETS
+
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    names = [*(f"up_to_{limit}" for limit in BUCKETS), f"over_{BUCKETS[-1]}"]
+    assert [name for name in names if f"| `eval_accuracy_{name}_tokens` |" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -133,21 +136,39 @@ def test_every_command_in_the_pages_is_one_that_exists(generator):
             assert any(words.startswith(command) for command in known), f"{named(page)}: {words}"
 
 
-def test_every_flag_in_the_pages_is_an_option(generator):
-    """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
+def flags_of(generator: ModuleType, command: str) -> set[str]:
+    """Every flag that a command takes."""
     from rlhf_cli.options import markers, options
     from rlhf_data.config import Alias
 
+    flags = {flag for name, parsed in generator.commands() if name == command for p in parsed.params for flag in p.opts}
+    for name, field, _ in options(generator.CONFIGS[command]):
+        flags |= {f"--{name}"} | {f"--{extra.name}" for extra in markers(field) if isinstance(extra, Alias)}
+        flags |= {f"--no_{name}"} if field.annotation in (bool, bool | None) else set()
+    return flags
+
+
+def test_every_flag_in_the_pages_is_an_option(generator):
+    """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
     known = {"--help", "--version", "--no_"}
     known |= {"--group", "--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
-    known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache"}
-    for config in generator.CONFIGS.values():
-        for name, field, _ in options(config):
-            known |= {f"--{name}"} | {f"--{extra.name}" for extra in markers(field) if isinstance(extra, Alias)}
-    known |= {flag for _, command in generator.commands() for p in command.params for flag in p.opts}
+    known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache", "--is_rm", "--normalize_reward"}
+    known = known.union(*(flags_of(generator, command) for command in generator.CONFIGS))
     for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):
         flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
         assert {"--" + flag[2:].replace("-", "_") for flag in flags} - known == set(), named(page)
+
+
+def test_every_command_in_the_pages_takes_its_flags(generator):
+    for path in (*PAGES, *(ROOT / "examples").glob("*.sh")):
+        text = path.read_text(encoding="utf-8")
+        blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) if path.suffix == ".md" else [text]
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        for command in generator.CONFIGS:
+            known = flags_of(generator, command) | {"--help"}
+            for line in (line for line in lines if re.match(rf"(?:uv run )?{command}\b", line)):
+                flags = {"--" + flag[2:].replace("-", "_") for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)}
+                assert flags <= known, f"{named(path)}: {line}"
 
 
 def test_the_first_command_of_the_readme_starts_without_options(monkeypatch):

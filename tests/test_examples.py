@@ -1,12 +1,14 @@
-"""The examples run as they are on the quickstart's model and questions, and leave what they say."""
+"""The examples run as they are on the quickstart's model and data, and leave what they say."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,12 @@ ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """A folder with a small `quickstart/` in it: the model and the questions, nothing trained."""
+    """A folder with a small `quickstart/` in it: the model and the data, nothing trained; `sft/` is the model again."""
     from rlhf_cli.quickstart import QuickstartConfig, make_inputs
 
     folder = tmp_path_factory.mktemp("examples")
     make_inputs(folder / "quickstart", QuickstartConfig(rows=400))
+    shutil.copytree(folder / "quickstart/model", folder / "quickstart/sft")
     return folder
 
 
@@ -50,6 +53,41 @@ def run(place, tmp_path_factory):
     return start
 
 
+NOTE = """#!/bin/sh
+printf '%s\\037' "$@" >> "$NOTED"
+printf '\\036' >> "$NOTED"
+"""
+"""An `rlhf` that only writes down how it was called."""
+
+
+@pytest.fixture
+def replay(run, rlhf, place, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Run a script, and the `rlhf` commands in it in this process, which has imported torch already."""
+    (tmp_path / "rlhf").write_text(NOTE)
+    (tmp_path / "rlhf").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    monkeypatch.chdir(place)
+
+    def start(*command: str, **extra: str) -> str:
+        noted, shown = tmp_path / "noted", ""
+        noted.unlink(missing_ok=True)
+        run(*command, PATH=path, NOTED=str(noted), **extra)
+        for line in noted.read_text().split("\036")[:-1]:
+            answer = rlhf(line.split("\037")[:-1])
+            assert answer.code == 0, answer.out[-2000:] + answer.err[-2000:]
+            shown += answer.out
+        return shown
+
+    return start
+
+
+def python_on(page: str) -> str:
+    """All Python of a page."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    return "\n".join(blocks)
+
+
 def there(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -64,9 +102,9 @@ def test_the_command_of_openrlhf_s_users_runs(run, place):
     assert there(place / "quickstart/examples/sft") >= MODEL
 
 
-def test_an_example_takes_its_inputs_from_the_environment(run, place):
+def test_an_example_takes_its_inputs_from_the_environment(replay, place):
     absolute = str(place / "quickstart")
-    shown = run("sh", str(EXAMPLES / "sft.sh"), "--dry_run", QUICKSTART=absolute, OUT="elsewhere")
+    shown = replay("sh", str(EXAMPLES / "sft.sh"), "--dry_run", QUICKSTART=absolute, OUT="elsewhere")
     assert "Plan" in shown and f"{absolute}/questions" in shown and "elsewhere" in shown
     assert not (place / "elsewhere").exists()
 
@@ -80,8 +118,9 @@ def test_two_ranks_write_checkpoints_and_continue_from_them(run, place):
     assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == len(before)
 
 
-def test_a_file_of_options_runs(run, place):
-    run("rlhf", "train", "sft", "--config", str(EXAMPLES / "sft.yaml"))
+def test_a_file_of_options_runs(rlhf, place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert rlhf(["train", "sft", "--config", str(EXAMPLES / "sft.yaml")]).code == 0
     assert there(place / "quickstart/examples/lora") >= ADAPTER
 
 
@@ -112,11 +151,61 @@ def test_the_losses_work_in_a_loop_of_one_s_own(run):
     assert float(shown.split()[-1]) > 0.9
 
 
+def test_a_reward_model_is_trained_and_read_by_transformers(replay, place, capfd):
+    replay("sh", str(EXAMPLES / "rm.sh"), "--max_samples", "64")
+    folder = place / "quickstart/examples/rm"
+    assert there(folder) >= MODEL
+    config = json.loads((folder / "config.json").read_text())
+    assert config["calibration"]["responses"] == 40 and config["std"] > 0
+    exec(python_on("docs/reward-models.md"), {})
+    assert "normalised" in capfd.readouterr().out
+
+
+def test_dpo_computes_its_reference_once(replay, place, metrics, capfd):
+    replay("sh", str(EXAMPLES / "dpo.sh"), "--max_samples", "64")
+    folder = place / "quickstart/examples/dpo"
+    assert there(folder) >= MODEL
+    first = metrics(folder)[0]
+    assert abs(first["loss"] - 0.6931) < 0.05 and abs(first["kl"]) < 0.5
+    exec(python_on("docs/dpo.md"), {})
+    assert capfd.readouterr().out.strip()
+
+
+def test_kto_makes_its_labels_from_pairs(replay, place, metrics):
+    shown = replay("sh", str(EXAMPLES / "kto.sh"), "--max_samples", "64")
+    assert "label `score`" in shown and "desirable" in shown
+    folder = place / "quickstart/examples/kto"
+    assert there(folder) >= MODEL
+    assert abs(metrics(folder)[0]["loss"] - 0.5) < 0.05
+
+
+def test_a_student_learns_from_a_teacher(replay, place, metrics):
+    replay("sh", str(EXAMPLES / "kd.sh"), "--max_samples", "64")
+    folder = place / "quickstart/examples/kd"
+    assert there(folder) >= MODEL
+    assert {"kd_loss", "ce_loss"} <= metrics(folder)[0].keys()
+
+
+def test_an_adapter_is_trained_and_merged(replay, place, metrics):
+    shown = replay("sh", str(EXAMPLES / "lora.sh"))
+    assert "merged: logits differ by at most" in shown
+    assert there(place / "quickstart/examples/dpo_lora") >= ADAPTER
+    first = metrics(place / "quickstart/examples/dpo_lora")[0]
+    assert first["kl"] == 0 and first["accuracy"] == 0  # the reference is the base model with the adapter off
+    assert there(place / "quickstart/examples/dpo_lora-merged") >= {"model.safetensors", "config.json"}
+
+
+def test_a_file_of_options_runs_simpo(rlhf, place, metrics, monkeypatch):
+    monkeypatch.chdir(place)
+    answer = rlhf(["train", "dpo", "--config", str(EXAMPLES / "simpo.yaml"), "--max_samples", "64"])
+    assert answer.code == 0, answer.err
+    rows = metrics(place / "quickstart/examples/simpo")
+    assert "nll_loss" in rows[0] and "kl" not in rows[0]
+
+
 @pytest.mark.parametrize(
     "page", ["packages/rlhf-core/README.md", "packages/rlhf-infer/README.md", "packages/rlhf-ray/README.md",
              "packages/rlhf-cli/README.md", "docs/getting-started.md"],
 )  # fmt: skip
 def test_the_python_on_a_page_runs(run, page):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert blocks
-    run(sys.executable, "-c", "\n".join(blocks))
+    run(sys.executable, "-c", python_on(page))

@@ -53,28 +53,48 @@ def stop_after(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("method", "given"),
     [
-        {},
-        {"zero_stage": 0, "packing_samples": True},
-        {"zero_stage": 3, "bf16": True},
-        {"lora_rank": 4, "lora_dropout": 0.3},
+        ("sft", {}),
+        ("sft", {"zero_stage": 0, "packing_samples": True}),
+        ("sft", {"zero_stage": 3, "bf16": True}),
+        ("sft", {"lora_rank": 4, "lora_dropout": 0.3}),
+        ("rm", {"packing_samples": True}),
+        ("dpo", {"zero_stage": 3, "nll_loss_coef": 0.1}),
+        ("dpo", {"precompute_ref": True, "zero_stage": 0}),
+        ("kto", {"lora_rank": 4, "lora_dropout": 0.3}),
+        ("kd", {"cache_teacher": True, "zero_stage": 0}),
+        ("kd", {"on_policy_fraction": 0.5, "generate_max_len": 6}),
     ],
     ids=str,
 )
-def test_a_continued_run_equals_the_uninterrupted_one(train, tmp_path, stop_after, monkeypatch, given):
+def test_a_continued_run_equals_the_uninterrupted_one(train, tmp_path, stop_after, monkeypatch, method, given):
     given = given | {"max_epochs": 2, "save_steps": 3, "eval_steps": 2, "logging_steps": 2}
-    whole = train(save_path=str(tmp_path / "whole"), **given)
+    whole = train(method, save_path=str(tmp_path / "whole"), **given)
     with monkeypatch.context():
-        stop_after(7)
+        stop_after(7 if method == "sft" else 4)
         with pytest.raises(Stopped):
-            train(save_path=str(tmp_path / "cut"), **given)
+            train(method, save_path=str(tmp_path / "cut"), **given)
     monkeypatch.undo()
-    continued = train(save_path=str(tmp_path / "cut"), load_checkpoint=True, **given)
+    continued = train(method, save_path=str(tmp_path / "cut"), load_checkpoint=True, **given)
     assert same_rows(whole, continued)
     name = "adapter_model.safetensors" if "lora_rank" in given else "model.safetensors"
     one, other = (load_file(tmp_path / run / name) for run in ("whole", "cut"))
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("method", "then", "now", "said"),
+    [
+        ("dpo", {}, {"beta": 0.2}, "'beta': 0.2"),
+        ("kto", {}, {"desirable_loss_weight": 2.0}, "'desirable_loss_weight': 2.0"),
+        ("kd", {}, {"kd_coef": 0.5}, "'kd_coef': 0.5"),
+    ],
+)
+def test_a_checkpoint_with_another_loss_is_refused(train, method, then, now, said):
+    train(method, save_steps=2, zero_stage=0, **then)
+    with pytest.raises(InputError, match=said):
+        train(method, save_steps=2, zero_stage=0, load_checkpoint=True, **now)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(train, tmp_path, capsys):

@@ -8,8 +8,9 @@ from torch.nn.functional import cross_entropy
 
 from rlhf_core.batch import Batch
 from rlhf_core.models.attention import ragged_implementation
+from rlhf_core.models.check import check_model
 from rlhf_core.models.load import load_model
-from rlhf_core.models.policy import Policy, check_policy
+from rlhf_core.models.policy import Policy
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.sft import prepare_sft
 from rlhf_data.tokenizer import load_tokenizer
@@ -134,7 +135,7 @@ def test_a_model_whose_samples_see_each_other_is_refused(options):
     config = options()
     policy = Policy(load_model(config.model, config.lora, attn_implementation="leaky"), ragged=True)
     with pytest.raises(ValueError, match="see each other"):
-        check_policy(policy, 256, torch.device("cpu"), torch.float32)
+        check_model(policy, "token_logps", 256, torch.device("cpu"), torch.float32, False)
 
 
 def test_a_head_that_is_not_a_linear_map_is_refused(options):
@@ -149,7 +150,7 @@ def test_a_head_that_is_not_a_linear_map_is_refused(options):
 
     policy.base.forward = scaled
     with pytest.raises(ValueError, match="head does more"):
-        check_policy(policy, 256, torch.device("cpu"), torch.float32)
+        check_model(policy, "token_logps", 256, torch.device("cpu"), torch.float32, False)
 
 
 def test_every_response_token_and_one_eos_is_trained(options, tiny, data):

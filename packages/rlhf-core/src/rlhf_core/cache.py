@@ -54,11 +54,14 @@ class SampleCache:
         return {name: np.array(array[start:stop]) for name, array in self._open("r").items()}
 
     def done(self) -> int:
-        """How many samples are complete."""
+        """How many samples are complete; none if a file is missing or is not what it should be."""
         try:
-            return int(json.loads((self.folder / "done.json").read_text())["samples"])
-        except (OSError, ValueError, KeyError):
+            samples = int(json.loads((self.folder / "done.json").read_text())["samples"])
+            arrays = self._open("c")
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
             return 0
+        whole = all((array.dtype, array.shape) == self._form(name) for name, array in arrays.items())
+        return samples if whole and 0 <= samples < len(self.bounds) else 0
 
     def fill(self, dataset: Any, compute: Callable[[], Compute], strategy: Strategy, what: str) -> None:
         """Compute what is missing.
@@ -95,7 +98,7 @@ class SampleCache:
     def _write(self, first: int, rows: dict[int, Rows]) -> None:
         """Write the samples from `first` on, then move the mark behind them."""
         try:
-            if not (self.folder / "done.json").is_file():
+            if first == 0:
                 self._create()
             arrays = self._open("r+")
             for place, values in rows.items():
@@ -114,10 +117,14 @@ class SampleCache:
     def _create(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        for name, (dtype, width) in self.columns.items():
-            shape = (int(self.bounds[-1]), width) if width else (int(self.bounds[-1]),)
-            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape).flush()
+        for name in self.columns:
+            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *self._form(name)).flush()
         self._mark(0)
+
+    def _form(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Number format and shape of a column."""
+        dtype, width = self.columns[name]
+        return dtype, (int(self.bounds[-1]), width) if width else (int(self.bounds[-1]),)
 
     def _mark(self, samples: int) -> None:
         part = self.folder / ".done.json"

@@ -350,7 +350,17 @@ class RewardOptimConfig(OptimConfig):
     """Peak learning rate of AdamW."""
 
 
-class RewardBatchConfig(OneEpochBatchConfig):
+class PairBatchConfig(OneEpochBatchConfig):
+    """Batches."""
+
+    train_batch_size: Count = 128
+    """Pairs per optimizer step, over all ranks."""
+
+    micro_train_batch_size: Count = 8
+    """Pairs per rank and forward pass. It bounds memory and does not change the result."""
+
+
+class RewardBatchConfig(PairBatchConfig):
     """Batches."""
 
     micro_train_batch_size: Count = 1
@@ -399,9 +409,9 @@ REFERENCE_FREE = ("simpo", "orpo")
 class PreferenceConfig(SharedPrefixConfig):
     """Preference loss."""
 
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the policy is held at the reference: higher means closer. For `simpo` the scale of the rewards
-    (try 2), for `orpo` the weight of the odds ratio."""
+    beta: Annotated[float | None, Field(gt=0)] = None
+    """How strongly the policy is held at the reference: higher means closer; by default 0.1. For `simpo` the scale of the
+    rewards, by default 2; for `orpo` the weight of the odds ratio."""
 
     loss_type: PreferenceLoss = "dpo"
     """`dpo` (with `--label_smoothing` cDPO), `ipo` on summed and `ipo_avg` on averaged log-probs, `robust` DPO, `hinge`
@@ -424,6 +434,11 @@ class PreferenceConfig(SharedPrefixConfig):
         """The loss, `--ipo` considered."""
         return "ipo" if self.ipo else self.loss_type
 
+    @property
+    def strength(self) -> float:
+        """`--beta`, or what it is by default for the loss."""
+        return self.beta or (2.0 if self.kind == "simpo" else 0.1)
+
     @model_validator(mode="after")
     def _options_agree(self) -> PreferenceConfig:
         if self.ipo and self.loss_type not in ("dpo", "ipo"):
@@ -443,7 +458,7 @@ class DPOConfig(TrainConfig):
     """Direct preference optimisation (DPO) and its relatives: learn from pairs of a better and a worse response."""
 
     data: PairDataConfig
-    batch: OneEpochBatchConfig = OneEpochBatchConfig()
+    batch: PairBatchConfig = PairBatchConfig()
     optim: PreferenceOptimConfig = PreferenceOptimConfig()
     preference: PreferenceConfig = PreferenceConfig()
     reference: PrecomputedReferenceConfig = PrecomputedReferenceConfig()
@@ -462,6 +477,11 @@ class DPOConfig(TrainConfig):
         if reference.precompute_ref and reference.ref_offload:
             raise ValueError("--ref_offload: with --precompute_ref no reference model is held; give one of them")
         check_offload(reference, self.lora)
+        if reference.precompute_ref and self.lora.load_in_4bit and reference.ref_pretrain is None:
+            raise ValueError(
+                "--precompute_ref would compute with the base model before its weights are cut to 4 bits: with --load_in_4bit "
+                "leave it out, the base with the adapter off is the reference and takes no memory of its own"
+            )
         return self
 
 

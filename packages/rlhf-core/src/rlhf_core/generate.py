@@ -27,6 +27,7 @@ def sample_responses(
     strategy: Strategy,
     *,
     eos_id: int,
+    vocabulary: int,
     temperature: float,
 ) -> list[np.ndarray]:
     """One response to each prompt, each drawn with a seed of its own: who else is in the batch does not matter.
@@ -40,6 +41,7 @@ def sample_responses(
         room: longest response to each prompt, in tokens.
         strategy: the ranks.
         eos_id: the token that ends a response.
+        vocabulary: how many first tokens there are to choose from; heads are padded to more than a tokenizer has.
         temperature: divides the logits.
 
     Returns:
@@ -51,7 +53,7 @@ def sample_responses(
     written: list[list[int]] = [[] for _ in prompts]
     with batched_attention(policy):
         for logits in Decoding(policy, prompts, written, strategy.device):
-            probabilities = (logits.float() / temperature).softmax(-1).cpu()
+            probabilities = (logits[:, :vocabulary].float() / temperature).softmax(-1).cpu()
             for row, response in enumerate(written):
                 if not ended(response, room[row], eos_id):
                     response.append(int(torch.multinomial(probabilities[row], 1, generator=generators[row])))

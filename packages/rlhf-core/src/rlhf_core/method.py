@@ -78,6 +78,9 @@ class Method:
 
     name: ClassVar[str]
 
+    unit: ClassVar[str] = "samples"
+    """What its data sets and batches are counted in."""
+
     train: Any
     """Training samples: `len`, `[i]`, `lengths [N]` (tokens as they are laid out), `longest`, `num_targets [N]`,
     `fingerprint`."""
@@ -102,6 +105,11 @@ class Method:
 
     frozen_model: Any = None
     """It, once the run has loaded it."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the rows of a cached frozen model take on disk."""
+        return 0
 
     @property
     def longest(self) -> int:

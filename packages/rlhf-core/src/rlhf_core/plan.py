@@ -13,11 +13,12 @@ import numpy as np
 
 from rlhf_core.checkpoint import Checkpoints, nearest_existing
 from rlhf_core.config import TrainConfig
-from rlhf_core.memory import Memory, available_memory, count_parameters, estimate_memory, with_frozen
+from rlhf_core.memory import Memory, available_memory, count_parameters, estimate_memory, size, with_frozen
 from rlhf_core.method import Method
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError
 from rlhf_data.sampler import Order
+from rlhf_data.store import cache_dir
 
 GB = 1e9
 SURVEYED = 20
@@ -29,6 +30,8 @@ class Plan:
     """What a run will do. Counts are over all ranks unless they say otherwise."""
 
     world_size: int
+    unit: str
+    """What samples and batches are counted in: `samples` or `pairs`."""
     samples: int
     eval_samples: int
     tokens: int
@@ -57,9 +60,9 @@ class Plan:
         batch = config.batch
         filled = {"packed": f"rows filled to {self.utilisation:.0%}", "ragged": "nothing padded"}
         lines = {
-            "data": f"{self.samples:,} samples, {self.tokens:,} tokens, {self.targets:,} trained; "
-            f"{self.eval_samples:,} samples held out",
-            "step": f"{batch.train_batch_size} samples = {self.world_size} rank(s) x {self.micro_batches_per_step} "
+            "data": f"{self.samples:,} {self.unit}, {self.tokens:,} tokens, {self.targets:,} trained; "
+            f"{self.eval_samples:,} {self.unit} held out",
+            "step": f"{batch.train_batch_size} {self.unit} = {self.world_size} rank(s) x {self.micro_batches_per_step} "
             f"micro-batch(es) of at most {self.largest_micro_batch:,} tokens, "
             + filled.get(self.layout, f"{self.utilisation:.0%} of them real, the rest padding"),
             "run": f"{batch.max_epochs} epoch(s) x {self.steps_per_epoch:,} steps = {self.total_steps:,} optimizer steps",
@@ -100,6 +103,7 @@ def make_plan(
         memory = with_frozen(memory, config, frozen_config, world_size, method.frozen)
     return Plan(
         world_size=world_size,
+        unit=method.unit,
         samples=len(train),
         eval_samples=0 if evaluation is None else len(evaluation),
         tokens=int(train.lengths.sum()),
@@ -114,7 +118,7 @@ def make_plan(
         trained_parameters=trained,
         memory=memory,
         available_memory=available_memory(world_size // config.parallel.num_nodes),
-        writes=writes(config),
+        writes=writes(config, method),
     )
 
 
@@ -212,7 +216,7 @@ def check_writable(config: TrainConfig) -> None:
             raise InputError(f"{option} {name}: cannot write to {there} ({error.strerror})") from error
 
 
-def writes(config: TrainConfig) -> tuple[str, ...]:
+def writes(config: TrainConfig, method: Method) -> tuple[str, ...]:
     saving = config.checkpoint
     lines = [
         f"{saving.save_path}: the final {'adapter' if config.lora.lora_rank else 'model'}, its tokenizer, and run/ (options, metrics, data report)"
@@ -221,6 +225,9 @@ def writes(config: TrainConfig) -> tuple[str, ...]:
         folder = saving.ckpt_path or f"{saving.save_path}/checkpoints"
         export = " with a Hugging Face export each" if saving.save_hf_ckpt else ""
         lines.append(f"{folder}: a checkpoint every {saving.save_steps} steps{export}, at most {saving.max_ckpt_num}")
+    if method.frozen and method.frozen.cached:
+        role, taken = method.frozen.role, size(method.cache_bytes)
+        lines.append(f"{cache_dir(config.data.data_cache_dir)}: what the {role} says of every sample, {taken}")
     if config.logging.use_tensorboard:
         lines.append(f"{config.logging.use_tensorboard}: TensorBoard logs")
     return tuple(lines)

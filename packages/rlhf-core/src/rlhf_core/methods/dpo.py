@@ -38,7 +38,7 @@ class DPO(Method):
     adapter off (LoRA), a frozen model.
     """
 
-    name = "dpo"
+    name, unit = "dpo", "pairs"
 
     def __init__(self, config: DPOConfig, tokenizer: Any) -> None:
         self.share_prefix = shares_prefix(config.model, config.data, config.preference)
@@ -96,7 +96,7 @@ class DPO(Method):
         sums = self.figures(policy.detach(), reference, lengths) | {"nll_loss": (nll.sum(), count)}
         total = losses.sum()
         if self.options.kind == "orpo":
-            total = nll.sum() + self.options.beta * total
+            total = nll.sum() + self.options.strength * total
         elif self.options.nll_loss_coef:
             total = total + self.options.nll_loss_coef * nll.sum()
         sums["loss"] = (total, count)
@@ -110,7 +110,7 @@ class DPO(Method):
             chosen, rejected = (policy / lengths).view(-1, 2).unbind(1)
             if kind == "simpo":
                 gamma = 1.0 if options.simpo_gamma is None else options.simpo_gamma
-                return simpo_loss(chosen, rejected, options.beta, gamma)
+                return simpo_loss(chosen, rejected, options.strength, gamma)
             return orpo_loss(chosen, rejected)
         ratios = policy - reference
         if kind == "ipo_avg":
@@ -118,17 +118,18 @@ class DPO(Method):
         chosen, rejected = ratios.view(-1, 2).unbind(1)
         margin = chosen - rejected
         if kind in ("ipo", "ipo_avg"):
-            return ipo_loss(margin, options.beta)
+            return ipo_loss(margin, options.strength)
         if kind == "robust":
-            return robust_dpo_loss(margin, options.beta, options.label_smoothing)
+            return robust_dpo_loss(margin, options.strength, options.label_smoothing)
         if kind == "hinge":
-            return hinge_loss(margin, options.beta)
-        return dpo_loss(margin, options.beta, options.label_smoothing)
+            return hinge_loss(margin, options.strength)
+        return dpo_loss(margin, options.strength, options.label_smoothing)
 
     def figures(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Sums:
         """Metrics of the pairs: rewards, accuracy, log-probs, lengths, and how far the policy is from the reference."""
-        ratios = policy - reference if reference is not None else policy / lengths
-        chosen, rejected = (self.options.beta * ratios).view(-1, 2).unbind(1)
+        ratios = policy if reference is None else policy - reference
+        counted = ratios / lengths if reference is None or self.options.kind == "ipo_avg" else ratios
+        chosen, rejected = (self.options.strength * counted).view(-1, 2).unbind(1)
         count = len(chosen)
         logps, tokens = policy.view(-1, 2), lengths.view(-1, 2)
         sums: Sums = {
@@ -144,6 +145,10 @@ class DPO(Method):
         if reference is not None:
             sums["kl"] = (ratios.sum(), 2 * count)
         return sums
+
+    @property
+    def cache_bytes(self) -> int:
+        return 8 * sum(len(dataset) for dataset in (self.train, self.evaluation) if dataset is not None)
 
     def identity(self) -> dict[str, Any]:
         return {"preference": self.options.model_dump(), "ref_pretrain": self.config.reference.ref_pretrain}

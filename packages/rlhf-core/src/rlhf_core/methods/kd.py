@@ -29,6 +29,9 @@ from rlhf_losses import linear_distillation_sum, linear_topk_distillation_sum, l
 OWN_LENGTH = 256
 """Longest response that the student writes itself, unless told otherwise."""
 
+TOP_K = 64
+"""Tokens that `--cache_teacher` keeps at each place, unless told otherwise."""
+
 
 class KD(Method):
     """(1 - c) cross-entropy of the labels + c T² divergence from the teacher at temperature T, mean over all targets of a step.
@@ -56,7 +59,7 @@ class KD(Method):
         if not (self.frozen and self.frozen.cached):
             return
         teacher_vocabulary = models.config_of(self.frozen).get_text_config().vocab_size
-        k = min(self.config.teacher.teacher_top_k or 64, self.vocabulary, teacher_vocabulary)
+        k = min(self.config.teacher.teacher_top_k or TOP_K, self.vocabulary, teacher_vocabulary)
         columns = {"logps": (np.dtype("f4"), k), "tokens": (np.dtype("i4"), k)}
         key = {"k": k, "vocabulary": self.vocabulary, "temperature": self.options.kd_temperature}
         rows = partial(self.teacher_rows, models.strategy, k)
@@ -112,6 +115,7 @@ class KD(Method):
                 [room[n] for n in part],
                 strategy,
                 eos_id=self.eos_id,
+                vocabulary=self.vocabulary,
                 temperature=self.options.on_policy_temperature or 1.0,
             )
         engine.train()
@@ -125,6 +129,11 @@ class KD(Method):
         given = super().longest
         own = given + (self.options.generate_max_len or OWN_LENGTH)
         return max(given, min(own, self.config.data.max_len)) if self.options.on_policy_fraction else given
+
+    @property
+    def cache_bytes(self) -> int:
+        targets = sum(int(data.num_targets.sum()) for data in (self.train, self.evaluation) if data is not None)
+        return 8 * targets * min(self.config.teacher.teacher_top_k or TOP_K, self.vocabulary)
 
     def divisor(self, window: Window) -> float:
         return float(window.num_targets.sum())

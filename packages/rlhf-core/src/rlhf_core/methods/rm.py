@@ -26,6 +26,9 @@ BUCKETS = (64, 256, 1024)
 CONFIDENCES = 5
 """Bins of the calibration error, between probabilities of one half and one."""
 
+ENOUGH = 100
+"""Held-out responses from which on a mean and a deviation say something."""
+
 
 class RM(Method):
     """The Bradley-Terry likelihood of the preferences, mean over all pairs of a step.
@@ -34,7 +37,7 @@ class RM(Method):
     the model's calibration.
     """
 
-    name = "rm"
+    name, unit = "rm", "pairs"
 
     def __init__(self, config: RMConfig, tokenizer: Any) -> None:
         found = find_head(config.model.pretrain, config.reward.value_head_prefix, "--pretrain")
@@ -95,7 +98,13 @@ class RM(Method):
         data = self.config.data
         origin = data.eval_dataset or f"{data.dataset} (held out)"
         Calibration(total / count, std, int(count), origin).write(run.engine.module.base.config)
-        run.strategy.say(f"rewards of {int(count):,} held-out responses: mean {total / count:.4g}, deviation {std:.4g}")
+        few = f"; too few to trust (fewer than {ENOUGH})" if count < ENOUGH else ""
+        run.strategy.say(
+            f"rewards of {int(count):,} held-out responses: mean {total / count:.4g}, deviation {std:.4g}{few}"
+        )
+
+    def identity(self) -> dict[str, Any]:
+        return {"reward": self.config.reward.model_dump(), "margin_loss": self.config.data.margin_loss}
 
 
 def held_out_figures(margin: Tensor, batch: Batch) -> Sums:
