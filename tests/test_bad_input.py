@@ -653,7 +653,9 @@ def test_what_no_method_can_learn_from_is_refused(method, options, says, bench, 
 
 
 @early
-@pytest.mark.xfail(strict=True, reason="run.py does not compare a reference's vocabulary: IndexError in the first forward pass")
+@pytest.mark.xfail(
+    strict=True, reason="run.py does not compare a reference's vocabulary: IndexError in the first forward pass"
+)
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_reference_of_another_language_is_refused(method, train, rlhf, tmp_path):
     refused(rlhf(train(method, ref_pretrain=stranger(tmp_path / "model"))), ("--ref_pretrain", "vocabulary"))
@@ -669,7 +671,9 @@ def test_a_head_that_is_named_and_not_there_is_refused(train, rlhf, tmp_path):
 
 def test_labels_and_margins_may_be_written_as_text(bench, train, rlhf):
     """All that a CSV file holds is text."""
-    table = bench.file("d.csv", "question,response,chosen,rejected,margin,label\nSay a,a,a,b,0.5,TRUE\nSay b,b,b,c,1e-1,0\n")
+    table = bench.file(
+        "d.csv", "question,response,chosen,rejected,margin,label\nSay a,a,a,b,0.5,TRUE\nSay b,b,b,c,1e-1,0\n"
+    )
     for method, options in (("rm", {"margin_loss": True}), ("kto", {})):
         answer = rlhf(train(method, "--dry_run", dataset=table, **options))
         assert answer.code == 0 and "2 of 2 rows kept" in answer.out, answer.err

@@ -36,7 +36,13 @@ def imported_by(*arguments: str, first: str = "") -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), *[("train", method, "--help") for method in ("sft", "rm", "dpo", "kto", "kd")], ("data", "inspect", "-h"), ("quickstart", "-h"), ("--version",)],
+    [
+        ("--help",),
+        *[("train", method, "--help") for method in ("sft", "rm", "dpo", "kto", "kd")],
+        ("data", "inspect", "-h"),
+        ("quickstart", "-h"),
+        ("--version",),
+    ],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments):
@@ -315,7 +321,13 @@ def test_a_dry_run_of_any_method_prints_its_plan_and_writes_nothing(method, trai
     answer = rlhf(train(method, "--dry_run", max_epochs=3, zero_stage=3))
     assert answer.code == 0, answer.err
     assert answer.err == ""
-    for part in ("Plan", "25 samples", "1 samples held out", "3 epoch(s) x 4 steps = 12 optimizer steps", "ZeRO stage 3"):
+    for part in (
+        "Plan",
+        "25 samples",
+        "1 samples held out",
+        "3 epoch(s) x 4 steps = 12 optimizer steps",
+        "ZeRO stage 3",
+    ):
         assert part in answer.out
     assert (", frozen " in answer.out) == (method != "rm")
     assert sorted(tmp_path.rglob("*")) == before

@@ -117,7 +117,10 @@ def documented(method: str, tiny: Path, other: Path, chats: Path, save_path: Pat
 COMPARED = {
     "rm": ("rm", {"zero_stage": 1, "margin_loss": True, "flash_attn": True}),
     "dpo": ("dpo", {"zero_stage": 3, "ref_pretrain": "OTHER", "flash_attn": True}),
-    "dpo-precomputed": ("dpo", {"zero_stage": 2, "ref_pretrain": "OTHER", "precompute_ref": True, "label_smoothing": 0.1}),
+    "dpo-precomputed": (
+        "dpo",
+        {"zero_stage": 2, "ref_pretrain": "OTHER", "precompute_ref": True, "label_smoothing": 0.1},
+    ),
     "kto": ("kto", {"zero_stage": 0, "ref_pretrain": "OTHER", "packing_samples": True}),
     "kto-sharded": ("kto", {"zero_stage": 3, "ref_pretrain": "OTHER", "ref_offload": True}),
     "kd": ("kd", {"zero_stage": 3, "teacher_model": "OTHER", "flash_attn": True}),
@@ -181,7 +184,9 @@ def on_two_ranks(shared_folder, tiny, other, chats, compared) -> Path:
     """Folder of what all these commands write on two ranks. They run once, in one launch."""
     said = shared_folder / "said.json"
     if not said.exists():
-        commands = [documented(method, tiny, other, chats, shared_folder / "documented" / method) for method in DOCUMENTED]
+        commands = [
+            documented(method, tiny, other, chats, shared_folder / "documented" / method) for method in DOCUMENTED
+        ]
         commands += [compared(name, shared_folder / "compared", micro_train_batch_size=2) for name in COMPARED]
         (shared_folder / "commands.json").write_text(json.dumps(commands))
         launch = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port()]

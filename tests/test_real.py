@@ -109,7 +109,11 @@ def learn(rlhf, tmp_path, metrics) -> Callable[..., list[dict[str, float]]]:
 @pytest.fixture
 def stories(tmp_path) -> tuple[Path, Path, list[dict[str, Any]]]:
     """Files of 320 short pairs of a story's continuation and something worse, and of 80 others that are held out."""
-    rows = [row for row in read("story_pairs.jsonl") if len(row["prompt"]) + max(map(len, (row["chosen"], row["rejected"]))) < 320]
+    rows = [
+        row
+        for row in read("story_pairs.jsonl")
+        if len(row["prompt"]) + max(map(len, (row["chosen"], row["rejected"]))) < 320
+    ]
     train, held_out = rows[:320], rows[-80:]
     return write(tmp_path / "train.jsonl", train), write(tmp_path / "held_out.jsonl", held_out), held_out
 
@@ -190,7 +194,7 @@ def test_other_preferences_train_without_trouble(method, name, options, learn):
 
 
 def test_a_student_learns_more_from_a_teacher_than_from_the_text_alone(learn, tmp_path):
-    """The teacher has read millions of such stories; its student reads a few hundred."""
+    """The teacher has read millions of such stories; its student reads a few dozen, several times."""
     from transformers import AutoTokenizer
 
     from rlhf_core.tiny import make_model
@@ -200,9 +204,9 @@ def test_a_student_learns_more_from_a_teacher_than_from_the_text_alone(learn, tm
     tokenizer.save_pretrained(student)
     make_model(tokenizer, student, hidden_size=64, layers=2, max_len=512)
     data = SHARED / "data/stories.jsonl"
-    options = ["--pretrain_mode", "--max_samples", "240", "--eval_ratio", "0.1", "--learning_rate", "3e-3"]
+    options = ["--pretrain_mode", "--max_samples", "40", "--eval_ratio", "0.2", "--max_epochs", "12", "--eval_steps", "48",
+               "--learning_rate", "3e-3"]  # fmt: skip
     alone = learn("sft", "sft", data, *options, pretrain=student)
     taught = learn("kd", "kd", data, *options, "--teacher_model", str(MODEL), "--kd_coef", "0.8", pretrain=student)
-    assert alone[0]["eval_loss"] == pytest.approx(taught[0]["eval_ce_loss"], rel=1e-5)
     assert alone[-1]["step"] == taught[-1]["step"]
-    assert taught[-1]["eval_ce_loss"] < alone[-1]["eval_loss"]
+    assert taught[-1]["eval_ce_loss"] < alone[-1]["eval_loss"] - 0.01

@@ -9,11 +9,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from rlhf_core.method import Method, Window
@@ -76,24 +78,43 @@ class SampleCache:
             InputError: the folder is not shared by all ranks.
             RunError: it cannot be written.
         """
-        total, start = len(self.bounds) - 1, strategy.share(self.done)
-        if start < total:
-            work = compute()
-            bar = tqdm(total=total, initial=start, desc=what, unit=" samples", disable=not strategy.is_first)
-            with bar:
-                while start < total:
-                    numbers = np.arange(start, min(start + WINDOW, total))
-                    parts = strategy.gather(list(work(Window(dataset, numbers))))
-                    if strategy.is_first:
-                        self._write(int(numbers[0]), dict(item for part in parts for item in part))
-                    start += len(numbers)
-                    bar.update(len(numbers))
+        total = len(self.bounds) - 1
+        with self._alone(strategy):
+            start = strategy.share(self.done)
+            if start < total:
+                work = compute()
+                with tqdm(total=total, initial=start, desc=what, unit=" samples", disable=not strategy.is_first) as bar:
+                    for first in range(start, total, WINDOW):
+                        numbers = np.arange(first, min(first + WINDOW, total))
+                        parts = strategy.gather(list(work(Window(dataset, numbers))))
+                        if strategy.is_first:
+                            self._write(first, dict(item for part in parts for item in part))
+                        bar.update(len(numbers))
         strategy.barrier()
         (seen,) = strategy.sum([float(self.done() == total)])
         if seen < strategy.world_size:
             raise InputError(
                 f"--data_cache_dir: {self.folder.parent} is not one folder for all ranks; name one that all nodes share"
             )
+
+    @contextmanager
+    def _alone(self, strategy: Strategy) -> Iterator[None]:
+        """Of several runs that want the same cache, one fills it and the others wait."""
+        if not strategy.is_first:
+            yield
+            return
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with FileLock(f"{self.folder}.lock"):
+            yield
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"{self.folder} cannot be written ({error.strerror or error}); free some space or name another folder with "
+            "--data_cache_dir; what was computed is kept"
+        )
 
     def _write(self, first: int, rows: dict[int, Rows]) -> None:
         """Write the samples from `first` on, then move the mark behind them."""
@@ -109,10 +130,7 @@ class SampleCache:
                 array.flush()  # type: ignore[attr-defined]
             self._mark(first + len(rows))
         except OSError as error:
-            raise RunError(
-                f"{self.folder} cannot be written ({error.strerror or error}); free some space or name another folder with "
-                "--data_cache_dir; what was computed is kept"
-            ) from error
+            raise self._unwritable(error) from error
 
     def _create(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -42,17 +42,14 @@ def run(
         trust_remote_code=config.model.trust_remote_code,
     )
     method = make_method(config, tokenizer)
-    if len(tokenizer) > model_config.get_text_config().vocab_size:
-        raise InputError(
-            f"--pretrain {config.model.pretrain}: its tokenizer has {len(tokenizer)} tokens and the model only "
-            f"{model_config.get_text_config().vocab_size}: they do not belong together"
-        )
+    check_vocabulary("--pretrain", config.model.pretrain, model_config, len(tokenizer))
     if strategy:
         check_same_data(strategy, method)
     others = {}
     if method.frozen:
         options = config.model.model_copy(update={"pretrain": method.frozen.name, "aux_loss_coef": 0.0})
         others[method.frozen.name] = load_model_config(options, method.frozen.option)
+        check_vocabulary(method.frozen.option, method.frozen.name, others[method.frozen.name], len(tokenizer))
     plan = make_plan(config, model_config, method, world_size, *others.values())
     if plan.layout != "padded":
         for name, architecture in ({config.model.pretrain: model_config} | others).items():
@@ -62,6 +59,15 @@ def run(
     if strategy:
         train(config, strategy, method, tokenizer, model_config, plan)
         strategy.close()
+
+
+def check_vocabulary(option: str, name: str, model_config: Any, tokens: int) -> None:
+    """Refuse a model that does not know all tokens of the tokenizer."""
+    known = model_config.get_text_config().vocab_size
+    if tokens > known:
+        raise InputError(
+            f"{option} {name}: the tokenizer has {tokens} tokens and the model only {known}: they do not belong together"
+        )
 
 
 def check_same_data(strategy: Any, method: Any) -> None:

@@ -134,6 +134,7 @@ def linear_topk_distillation_sum(
     ce_weights: Tensor,
     kd_weights: Tensor,
     temperature: float = 1.0,
+    shared_vocab: int | None = None,
     student_bias: Tensor | None = None,
     student_softcap: float | None = None,
     student_logit_scale: float = 1.0,
@@ -150,6 +151,7 @@ def linear_topk_distillation_sum(
         ce_weights: c, constant, `[M]`.
         kd_weights: d, constant, `[M]`. Include T² here to keep the gradient's size as T is tuned.
         temperature: T, divides the student's logits in D.
+        shared_vocab: number of first tokens that mean the same to both; by default all V.
         student_bias: `[V]`.
         student_softcap: bound of the student's logits before the temperature; None for models without one.
         student_logit_scale: factor of the student's logits.
@@ -167,6 +169,7 @@ def linear_topk_distillation_sum(
             f"topk_logps and topk_indices must be [{len(labels)}, k] both, got {list(topk_logps.shape)} and "
             f"{list(topk_indices.shape)}"
         )
+    vocabulary = shared_vocabulary(len(student_weight), len(student_weight), shared_vocab)
     unused = (kd_weights == 0)[:, None]
     kept_logps, kept_indices = topk_logps.detach().masked_fill(unused, 0), topk_indices.masked_fill(unused, 0)
 
@@ -178,7 +181,7 @@ def linear_topk_distillation_sum(
     chunks = _read(student_weight, ce_weights, kd_weights, chunk_size)
     return _LinearDistillationSum.apply(
         student_hidden.to(student_weight.dtype), student_weight, student_bias, labels, ce_weights, kd_weights,
-        student_map, len(student_weight), teach, chunks, torch.is_grad_enabled(),
+        student_map, vocabulary, teach, chunks, torch.is_grad_enabled(),
     )  # fmt: skip
 
 

@@ -151,7 +151,10 @@ class DPO(Method):
         return 8 * sum(len(dataset) for dataset in (self.train, self.evaluation) if dataset is not None)
 
     def identity(self) -> dict[str, Any]:
-        return {"preference": self.options.model_dump(), "ref_pretrain": self.config.reference.ref_pretrain}
+        return {
+            "preference": self.options.model_dump(exclude={"share_prefix"}),
+            "ref_pretrain": self.config.reference.ref_pretrain,
+        }
 
 
 def reference_model(config: Any, *, cached: bool = False) -> Frozen:

@@ -180,8 +180,9 @@ class KD(Method):
                 logps, tokens = logps.new_zeros(1, 1), tokens.new_zeros(1, 1)
             own = {f"student_{name}": value for name, value in head.items()}
             return linear_topk_distillation_sum(
-                hidden, weight, logps, tokens, labels, temperature=options.kd_temperature, **weights, **own
-            )
+                hidden, weight, logps, tokens, labels, temperature=options.kd_temperature,
+                shared_vocab=min(self.vocabulary, len(weight)), **weights, **own,
+            )  # fmt: skip
 
         def with_teacher(teacher_hidden: Tensor, teacher_weight: Tensor, _: Tensor, **teacher_head: Any) -> Any:
             return linear_distillation_sum(

@@ -104,7 +104,7 @@ class RM(Method):
         )
 
     def identity(self) -> dict[str, Any]:
-        return {"reward": self.config.reward.model_dump(), "margin_loss": self.config.data.margin_loss}
+        return {"reward": self.config.reward.model_dump(include={"loss"}), "margin_loss": self.config.data.margin_loss}
 
 
 def held_out_figures(margin: Tensor, batch: Batch) -> Sums:

@@ -167,6 +167,8 @@ def load_model(
     check_complete(f"{option} {model.pretrain}", found, new=(f"{HEAD}.weight",) if head and head.found is None else ())
     if head and head.found is None:
         initialise_head(loaded, head.seed)
+    if head:
+        forget_renaming(loaded, head)
     loaded.config.use_cache = False
     if lora is None:
         return loaded.eval().requires_grad_(False)
@@ -177,6 +179,13 @@ def load_model(
         if lora.lora_rank or model.gradient_checkpointing_use_reentrant:
             loaded.enable_input_require_grads()
     return loaded
+
+
+def forget_renaming(loaded: Any, head: RewardHead) -> None:
+    """Have the model saved under transformers' names: it would give a renamed head its old name back."""
+    renamed = head.loading().get("key_mapping", {})
+    kept = [change for change in loaded._weight_conversions or () if not set(change.source_patterns) & set(renamed)]
+    loaded._weight_conversions = kept
 
 
 def auto_class(head: RewardHead | None) -> Any:
@@ -293,7 +302,9 @@ def with_adapter(model: Any, lora: LoraConfig, task: str) -> Any:
         task_type=task,
     )
     try:
-        return peft.get_peft_model(model, adapter)
+        return peft.get_peft_model(
+            model, adapter, autocast_adapter_dtype=False
+        )  # master weights are DeepSpeed's business
     except ValueError as error:
         raise InputError(f"--target_modules {' '.join(lora.target_modules)}: {first_line(error)}") from error
 
