@@ -321,10 +321,11 @@ def test_a_dry_run_of_any_method_prints_its_plan_and_writes_nothing(method, trai
     answer = rlhf(train(method, "--dry_run", max_epochs=3, zero_stage=3))
     assert answer.code == 0, answer.err
     assert answer.err == ""
+    items = "pairs" if method in ("rm", "dpo") else "samples"
     for part in (
         "Plan",
-        "25 samples",
-        "1 samples held out",
+        f"25 {items}",
+        f"1 {items} held out",
         "3 epoch(s) x 4 steps = 12 optimizer steps",
         "ZeRO stage 3",
     ):

@@ -29,7 +29,18 @@ def fine_tune(tmp_path_factory: pytest.TempPathFactory):
     def run(name: str, *options: str) -> tuple[Path, list[dict[str, float]]]:
         out = tmp_path_factory.mktemp("real")
         arguments = ["train", "sft", "--pretrain", str(MODEL), "--dataset", str(SHARED / "data" / name), *options]
-        fixed = ["--max_len", "512", "--train_batch_size", "16", "--micro_train_batch_size", "16", "--max_epochs", "1"]
+        fixed = [
+            "--data_cache_dir",
+            str(out / "tokens"),
+            "--max_len",
+            "512",
+            "--train_batch_size",
+            "16",
+            "--micro_train_batch_size",
+            "16",
+            "--max_epochs",
+            "1",
+        ]
         subprocess.run(
             [sys.executable, "-m", "rlhf_cli", *arguments, *fixed, "--packing_samples", "--eval_at_start", "--save_path", str(out)],
             check=True, timeout=800, env=os.environ | {"HF_HUB_OFFLINE": "1"},

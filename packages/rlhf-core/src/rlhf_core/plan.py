@@ -87,12 +87,9 @@ def make_plan(
         frozen_config: architecture of the frozen model, if there is one.
 
     Raises:
-        InputError: a sample is longer than the model's context, or modules to adapt do not exist.
+        InputError: modules to adapt do not exist.
     """
     train, evaluation, budget = method.train, method.evaluation, method.token_budget
-    check_context(config.model.pretrain, model_config, method.longest)
-    if method.frozen:
-        check_context(method.frozen.name, frozen_config, method.longest)
     steps = math.ceil(len(train) / config.batch.train_batch_size)
     layout = "packed" if budget else "ragged" if config.model.flash_attn else "padded"
     micro_batches, utilisation = survey(config, train, world_size, budget)
@@ -186,11 +183,12 @@ def check_batches(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def check_context(name: str, model_config: Any, longest: int) -> None:
+def check_context(option: str, name: str, model_config: Any, longest: int) -> None:
+    """Refuse samples that are longer than a model's context."""
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
         raise InputError(
-            f"the longest sample has {longest} tokens and {name} takes {limit}: set --max_len {limit} or less"
+            f"the longest sample has {longest} tokens and {option} {name} takes {limit}: set --max_len {limit} or less"
         )
 
 

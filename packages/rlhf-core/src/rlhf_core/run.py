@@ -23,7 +23,8 @@ def run(
         world_size: ranks of the run, for a dry run (a real one knows).
     """
     from rlhf_core.models.load import check_ragged, load_model_config
-    from rlhf_core.plan import check_run, make_plan
+    from rlhf_core.plan import check_context, check_run, make_plan
+    from rlhf_core.vocabulary import check_vocabulary
     from rlhf_data.tokenizer import load_tokenizer
 
     settle()
@@ -42,32 +43,26 @@ def run(
         trust_remote_code=config.model.trust_remote_code,
     )
     method = make_method(config, tokenizer)
-    check_vocabulary("--pretrain", config.model.pretrain, model_config, len(tokenizer))
     if strategy:
         check_same_data(strategy, method)
-    others = {}
+    models = {"--pretrain": (config.model.pretrain, model_config)}
     if method.frozen:
         options = config.model.model_copy(update={"pretrain": method.frozen.name, "aux_loss_coef": 0.0})
-        others[method.frozen.name] = load_model_config(options, method.frozen.option)
-        check_vocabulary(method.frozen.option, method.frozen.name, others[method.frozen.name], len(tokenizer))
-    plan = make_plan(config, model_config, method, world_size, *others.values())
+        models[method.frozen.option] = (method.frozen.name, load_model_config(options, method.frozen.option))
+    for option, (name, architecture) in models.items():
+        check_vocabulary(option, name, architecture, len(tokenizer))
+        check_context(option, name, architecture, method.longest)
+    plan = make_plan(
+        config, model_config, method, world_size, models[method.frozen.option][1] if method.frozen else None
+    )
     if plan.layout != "padded":
-        for name, architecture in ({config.model.pretrain: model_config} | others).items():
-            check_ragged(name, architecture.get_text_config(), method.longest)
+        for option, (name, architecture) in models.items():
+            check_ragged(name, architecture.get_text_config(), method.longest, option)
     if strategy is None or strategy.is_first:
         print(method.data_report.format(), plan.format(config), sep="\n\n", flush=True)
     if strategy:
         train(config, strategy, method, tokenizer, model_config, plan)
         strategy.close()
-
-
-def check_vocabulary(option: str, name: str, model_config: Any, tokens: int) -> None:
-    """Refuse a model that does not know all tokens of the tokenizer."""
-    known = model_config.get_text_config().vocab_size
-    if tokens > known:
-        raise InputError(
-            f"{option} {name}: the tokenizer has {tokens} tokens and the model only {known}: they do not belong together"
-        )
 
 
 def check_same_data(strategy: Any, method: Any) -> None:

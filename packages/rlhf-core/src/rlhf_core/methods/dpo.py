@@ -19,6 +19,7 @@ from rlhf_core.metrics import Sums
 from rlhf_core.micro_batches import micro_batches
 from rlhf_core.run import run
 from rlhf_core.strategy import Strategy
+from rlhf_core.vocabulary import shared_vocabulary
 from rlhf_data.preferences import prepare_pairs
 from rlhf_losses import (
     dpo_loss,
@@ -51,7 +52,7 @@ class DPO(Method):
         self.needs_reference = self.options.kind not in REFERENCE_FREE
         self.adapter_off = bool(config.lora.lora_rank) and config.reference.ref_pretrain is None
         if self.needs_reference and (config.reference.precompute_ref or not self.adapter_off):
-            self.frozen = reference_model(config, cached=config.reference.precompute_ref)
+            self.frozen = reference_model(config, tokenizer, cached=config.reference.precompute_ref)
 
     def prepare(self, models: Any) -> None:
         """With `--precompute_ref`, the reference log-probs of all pairs, from the cache or computed now."""
@@ -157,11 +158,17 @@ class DPO(Method):
         }
 
 
-def reference_model(config: Any, *, cached: bool = False) -> Frozen:
-    """The frozen reference that the options ask for."""
-    reference = config.reference
-    option = "--ref_pretrain" if reference.ref_pretrain else "--pretrain"
-    return Frozen("reference", option, reference.ref_pretrain or config.model.pretrain, reference.ref_offload, cached)
+def reference_model(config: Any, tokenizer: Any, *, cached: bool = False) -> Frozen:
+    """The frozen reference that the options ask for.
+
+    Raises:
+        InputError: it does not have the trained model's vocabulary.
+    """
+    name, offload = config.reference.ref_pretrain, config.reference.ref_offload
+    if name is None:
+        return Frozen("reference", "--pretrain", config.model.pretrain, offload, cached)
+    shared_vocabulary(config.model, tokenizer, name, "--ref_pretrain")
+    return Frozen("reference", "--ref_pretrain", name, offload, cached)
 
 
 def train(config: DPOConfig, *, dry_run: bool = False, world_size: int = 1) -> None:

@@ -20,10 +20,9 @@ from rlhf_core.metrics import Sums
 from rlhf_core.micro_batches import micro_batches
 from rlhf_core.run import run
 from rlhf_core.strategy import Strategy
+from rlhf_core.vocabulary import shared_vocabulary
 from rlhf_data.encode import Sample
-from rlhf_data.errors import InputError
 from rlhf_data.sft import prepare_sft
-from rlhf_data.tokenizer import load_tokenizer
 from rlhf_losses import linear_distillation_sum, linear_topk_distillation_sum, linear_topk_logps
 
 OWN_LENGTH = 256
@@ -47,7 +46,7 @@ class KD(Method):
         self.frozen = Frozen(
             "teacher", "--teacher_model", teacher.teacher_model, teacher.teacher_offload, teacher.cache_teacher
         )
-        self.vocabulary = shared_vocabulary(config, tokenizer)
+        self.vocabulary = shared_vocabulary(config.model, tokenizer, teacher.teacher_model, "--teacher_model")
         data = prepare_sft(config.data, tokenizer, seed=config.batch.seed)
         self.train, self.evaluation, self.data_report = data.train, data.eval, data.report
         self.config, self.options = config, config.distillation
@@ -220,40 +219,6 @@ def answered(prompt: np.ndarray, response: np.ndarray, eos_id: int) -> Sample:
     """A prompt with a response as a sample, the response being its targets."""
     ids = np.concatenate([prompt, response]).astype(np.int32)
     return Sample(ids, np.arange(len(ids)) >= len(prompt), truncated=bool(response[-1] != eos_id))
-
-
-def shared_vocabulary(config: KDConfig, tokenizer: Any) -> int:
-    """How many first tokens mean the same to student and teacher.
-
-    Raises:
-        InputError: the two tokenizers do not number their tokens alike.
-    """
-    try:
-        teacher = load_tokenizer(
-            config.teacher.teacher_model,
-            use_fast=not config.model.disable_fast_tokenizer,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    except InputError as error:
-        raise InputError(f"--teacher_model: {error}") from error
-    theirs = {number: token for token, number in teacher.get_vocab().items()}
-    ours = {number: token for token, number in tokenizer.get_vocab().items()}
-    shared = min(len(teacher), len(tokenizer))
-    different = [n for n in range(shared) if ours.get(n) != theirs.get(n)]
-    if different:
-        n = different[0]
-        raise InputError(
-            f"--teacher_model {config.teacher.teacher_model} has another vocabulary than --pretrain {config.model.pretrain}: "
-            f"{len(different):,} of {shared:,} tokens differ, the first being {n}, {theirs.get(n)!r} and {ours.get(n)!r}; "
-            "a teacher must have its student's tokenizer"
-        )
-    if len(tokenizer) > len(teacher):
-        extra = [ours[n] for n in range(len(teacher), len(tokenizer)) if n in ours]
-        raise InputError(
-            f"--teacher_model {config.teacher.teacher_model} does not know {len(extra)} tokens of --pretrain "
-            f"{config.model.pretrain}, such as {extra[0]!r}: it cannot read what the student reads"
-        )
-    return shared
 
 
 def train(config: KDConfig, *, dry_run: bool = False, world_size: int = 1) -> None:

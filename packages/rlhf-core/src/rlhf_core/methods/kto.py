@@ -40,7 +40,7 @@ class KTO(Method):
         self.share_prefix = (config.model.flash_attn or config.data.packing_samples) and not config.model.aux_loss_coef
         self.adapter_off = bool(config.lora.lora_rank) and config.reference.ref_pretrain is None
         if not self.adapter_off:
-            self.frozen = reference_model(config)
+            self.frozen = reference_model(config, tokenizer)
         self.kl = torch.zeros(())
 
     def begin_step(self, engine: Any, window: Window, run: Any) -> Window:

@@ -55,13 +55,13 @@ def load_model_config(model: ModelConfig, option: str = PRETRAIN) -> Any:
     return config
 
 
-def check_ragged(name: str, text_config: Any, longest: int) -> None:
+def check_ragged(name: str, text_config: Any, longest: int, option: str = PRETRAIN) -> None:
     """Refuse attention without padding where a model's limits are in the mask alone, which it does not have."""
     chunk, window = (getattr(text_config, key, None) for key in ("attention_chunk_size", "sliding_window"))
     limit = chunk or (window if text_config.model_type in MASKED_WINDOWS else None)
     if limit and limit < longest:
         raise InputError(
-            f"--pretrain {name} attends {limit} tokens back, which attention without padding cannot do for its "
+            f"{option} {name} attends {limit} tokens back, which attention without padding cannot do for its "
             f"{text_config.model_type} layers and samples of {longest} tokens: leave out --flash_attn and --packing_samples"
         )
 
@@ -76,7 +76,7 @@ def check_folder(folder: Path, option: str = PRETRAIN) -> None:
         raise InputError(f"{option} {folder}: there is no such folder")
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{option} {folder} is an adapter, not a whole model: fold it into its base model with `rlhf merge` first"
+            f"{option} {folder} is an adapter, not a whole model: merge it into its base model first, with `rlhf merge`"
         )
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -165,7 +165,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{option} {model.pretrain}: the model cannot be loaded: {first_line(error)}") from error
     check_complete(f"{option} {model.pretrain}", found, new=(f"{HEAD}.weight",) if head and head.found is None else ())
-    if head and head.found is None:
+    if head and f"{HEAD}.weight" in found["missing_keys"]:
         initialise_head(loaded, head.seed)
     if head:
         forget_renaming(loaded, head)
