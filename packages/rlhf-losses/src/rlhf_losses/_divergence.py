@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf_losses._head import blocks_of
+
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
 
 
@@ -85,8 +87,10 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 def log_softmax_(logits: Tensor) -> Tensor:
     """The same in place of the logits."""
-    shifted = logits.sub_(logits.amax(-1, keepdim=True))
-    return shifted.sub_(shifted.exp().sum(-1, keepdim=True).log_()).clamp_(min=floor(logits.dtype))
+    for block in blocks_of(logits):
+        block.sub_(block.amax(-1, keepdim=True))
+        block.sub_(block.exp().sum(-1, keepdim=True).log_()).clamp_(min=floor(logits.dtype))
+    return logits
 
 
 def floor(dtype: torch.dtype) -> float:

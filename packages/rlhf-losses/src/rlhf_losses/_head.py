@@ -18,6 +18,9 @@ CPU_BUFFER_BYTES = 64 * 2**20
 GPU_BUFFER_BYTES = 512 * 2**20
 MIN_ROWS, MAX_ROWS = 64, 4096
 
+# Rows that stay in a core's cache while one operation after the other passes over them: two to three times as fast.
+CPU_CACHE_BYTES = 512 * 2**10
+
 # float32 results of half-precision factors; CUDA only, from torch 2.8 on.
 _MM_TO_FLOAT32 = getattr(torch.ops.aten.mm, "dtype_out", None)
 
@@ -183,6 +186,26 @@ def chunks_of(rows: Tensor, vocabulary: int, chunk_size: int | None, dtype: torc
 def buffer_for(chunks: tuple[Tensor, ...], vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The one logits buffer that all chunks share, `[max(c), V]`."""
     return torch.empty(max(map(len, chunks), default=0), vocabulary, dtype=dtype, device=device)
+
+
+def blocks_of(logits: Tensor) -> tuple[Tensor, ...]:
+    """Views of a few rows each, for operations that follow one another; on a GPU, where launches count, of all rows."""
+    if logits.device.type != "cpu":
+        return (logits,)
+    return logits.split(max(1, CPU_CACHE_BYTES // (logits.shape[1] * logits.itemsize)))
+
+
+def exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits z `[c, V]` into exp(z − max z), in place.
+
+    Returns:
+        max z and Σ exp(z − max z), `[c, 1]` each.
+    """
+    peaks, totals = [], []
+    for block in blocks_of(logits):
+        peaks.append(block.amax(1, keepdim=True))
+        totals.append(block.sub_(peaks[-1]).exp_().sum(1, keepdim=True))
+    return torch.cat(peaks), torch.cat(totals)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "") -> None:

@@ -24,9 +24,11 @@ from rlhf_losses._head import (
     HeadGradient,
     LogitMap,
     accumulation_dtype,
+    blocks_of,
     buffer_for,
     check_head,
     chunks_of,
+    exponentiate_,
 )
 
 
@@ -188,16 +190,14 @@ class _LinearTokenLogps(torch.autograd.Function):
             for chunk in chunks:
                 z = logit_map.logits(hidden[chunk], weight, bias, buffer[: len(chunk)])
                 label_z = z.gather(1, labels[chunk, None])
-                peak = z.amax(1, keepdim=True)
                 # Entropy is log Σ eᶻ − Σ π z; z relative to its peak is kept while the buffer turns into eᶻ.
-                shifted = z.sub(peak) if with_entropy else None
-                e = z.sub_(peak).exp_()
-                total = e.sum(1, keepdim=True)
+                shifted = z - z.amax(1, keepdim=True) if with_entropy else None
+                peak, total = exponentiate_(z)
                 lse = peak + total.log()
                 normaliser[chunk] = lse[:, 0]
                 logps[chunk] = (label_z - lse)[:, 0]
                 if entropies is not None and shifted is not None:
-                    entropies[chunk] = (total.log() - (e.mul_(shifted).sum(1, keepdim=True) / total))[:, 0]
+                    entropies[chunk] = (total.log() - (z.mul_(shifted).sum(1, keepdim=True) / total))[:, 0]
         ctx.save_for_backward(hidden, weight, bias, labels, rows, normaliser, entropies)
         ctx.logit_map, ctx.chunk_size = logit_map, chunk_size
         ctx.set_materialize_grads(False)
@@ -221,11 +221,14 @@ class _LinearTokenLogps(torch.autograd.Function):
                 h, y, g = hidden[chunk], labels[chunk, None], grad_logps[chunk, None]
                 z = logit_map.logits(h, weight, bias, buffer[: len(chunk)])
                 slope = logit_map.slope(z)
-                log_p = z.sub_(normaliser[chunk, None])
                 if grad_entropies is None:  # ∂ log π(y) / ∂z = 1[· = y] − π
-                    dlogits, scale = log_p.exp_(), -g
+                    blocks = blocks_of(z)
+                    for block, lse in zip(blocks, normaliser[chunk, None].split(len(blocks[0])), strict=True):
+                        block.sub_(lse).exp_()
+                    dlogits, scale = z, -g
                     dlogits.scatter_add_(1, y, torch.full_like(g, -1))
                 else:  # ∂H / ∂z = −π (log π + H)
+                    log_p = z.sub_(normaliser[chunk, None])
                     p = log_p.exp()
                     pull = log_p.add_(entropies[chunk, None]).mul_(grad_entropies[chunk, None]).add_(g)
                     dlogits, scale = p.mul_(pull), -torch.ones_like(g)
@@ -262,14 +265,12 @@ class _LinearCrossEntropySum(GradientInForward):
                 z = logit_map.logits(h, weight, bias, buffer[: len(chunk)])
                 slope = logit_map.slope(z) if any(needed) else None
                 label_z = z.gather(1, y)
-                peak = z.amax(1, keepdim=True)
-                e = z.sub_(peak).exp_()
-                total = e.sum(1, keepdim=True)
+                peak, total = exponentiate_(z)
                 losses[chunk] = (peak + total.log() - label_z)[:, 0]
                 if any(needed):
                     # π − 1[· = y] is (eᶻ − total · 1[· = y]) / total: the division is left to the rows.
-                    e.scatter_add_(1, y, -total)
-                    gradient.add(e, weights[chunk, None] / total, slope, chunk, h, weight)
+                    z.scatter_add_(1, y, -total)
+                    gradient.add(z, weights[chunk, None] / total, slope, chunk, h, weight)
         GradientInForward.keep(ctx, gradient)
         ctx.mark_non_differentiable(losses)
         # Select: an ignored token may carry any weight, NaN too.
