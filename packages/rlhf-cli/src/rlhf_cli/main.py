@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from rlhf_cli.errors import usage_reported
 from rlhf_cli.options import RUN, command
 from rlhf_cli.quickstart import QuickstartConfig
-from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig
+from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig, TrainConfig
 from rlhf_data.inspection import InspectConfig
 
 app = typer.Typer(
@@ -31,6 +32,9 @@ data = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 
+METHODS = {"sft": SFTConfig, "rm": RMConfig, "dpo": DPOConfig, "kto": KTOConfig, "kd": KDConfig}
+"""Training methods, in the order in which `--help` shows them."""
+
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -46,44 +50,19 @@ def quickstart(config: QuickstartConfig) -> None:
     quickstart(config)
 
 
-@command(train, "sft", SFTConfig)
-def sft(config: SFTConfig, dry_run: DryRun = False) -> None:
-    from rlhf_cli.launch import launch
-    from rlhf_core.methods import sft
+def add_training(name: str, config: type[TrainConfig]) -> None:
+    """`rlhf train NAME`: the function `train` of `rlhf_core.methods.NAME`, on every rank."""
 
-    launch(config.parallel, partial(sft.train, config), dry_run=dry_run)
+    @command(train, name, config)
+    def run(config: TrainConfig, dry_run: DryRun = False) -> None:
+        from rlhf_cli.launch import launch
 
-
-@command(train, "rm", RMConfig)
-def rm(config: RMConfig, dry_run: DryRun = False) -> None:
-    from rlhf_cli.launch import launch
-    from rlhf_core.methods import rm
-
-    launch(config.parallel, partial(rm.train, config), dry_run=dry_run)
+        method = import_module(f"rlhf_core.methods.{name}")
+        launch(config.parallel, partial(method.train, config), dry_run=dry_run)
 
 
-@command(train, "dpo", DPOConfig)
-def dpo(config: DPOConfig, dry_run: DryRun = False) -> None:
-    from rlhf_cli.launch import launch
-    from rlhf_core.methods import dpo
-
-    launch(config.parallel, partial(dpo.train, config), dry_run=dry_run)
-
-
-@command(train, "kto", KTOConfig)
-def kto(config: KTOConfig, dry_run: DryRun = False) -> None:
-    from rlhf_cli.launch import launch
-    from rlhf_core.methods import kto
-
-    launch(config.parallel, partial(kto.train, config), dry_run=dry_run)
-
-
-@command(train, "kd", KDConfig)
-def kd(config: KDConfig, dry_run: DryRun = False) -> None:
-    from rlhf_cli.launch import launch
-    from rlhf_core.methods import kd
-
-    launch(config.parallel, partial(kd.train, config), dry_run=dry_run)
+for name, config in METHODS.items():
+    add_training(name, config)
 
 
 @command(app, "merge", MergeConfig)

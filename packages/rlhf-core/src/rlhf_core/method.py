@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,7 +74,7 @@ class InMemory:
         return Window(self, np.arange(len(self.samples)))
 
 
-class Method:
+class Method(ABC):
     """A training method. The loop (`Fit`) is the same for all; a method overrides what is its own."""
 
     name: ClassVar[str]
@@ -116,7 +117,7 @@ class Method:
         """Tokens of the longest sample that a model will see."""
         return max(data.longest for data in (self.train, self.evaluation) if data is not None)
 
-    def prepare(self, models: Any) -> None:
+    def prepare(self, models: Any) -> None:  # noqa: B027  not every method has to
         """Compute what is computed once, before the trained model is loaded. May drop `frozen` if it then is not needed.
 
         Args:
@@ -140,19 +141,19 @@ class Method:
         """What the summed loss of a step is divided by, over all ranks: its targets for a per-token loss, else its samples."""
         return float(len(window))
 
+    @abstractmethod
     def collate(self, samples: list[Any]) -> Batch:
         """Samples to a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Sums]:
         """The summed loss of a micro-batch, and metrics as (sum, count). Must be linear in samples, and 0 without any."""
-        raise NotImplementedError
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Metrics as they are logged, from their means: what is not linear (a perplexity) is computed here."""
         return means
 
-    def finish(self, run: Any) -> None:
+    def finish(self, run: Any) -> None:  # noqa: B027  not every method has to
         """After the last step, before the model is written."""
 
     def identity(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Shapes: N samples, T tokens, H hidden size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ class Head(nn.Linear):
             linear.__class__ = cls
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A transformer and its head.
 
     DeepSpeed prepares only the module's call, so every verb goes through it: `policy("token_logps", batch)`.
@@ -68,9 +69,9 @@ class Backbone(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore
 
     @property
+    @abstractmethod
     def head(self) -> Head:
         """The output layer."""
-        raise NotImplementedError
 
     def forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, verb)(*args, **kwargs)
