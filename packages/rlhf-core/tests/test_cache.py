@@ -22,22 +22,20 @@ class Killed(Exception):
 def computed(monkeypatch):
     """The first sample of every window that is computed; setting `kill` ends the run in that window."""
     from rlhf_core import cache
-    from rlhf_core.methods.dpo import DPO
 
     class Windows(list):
         kill: int | None = None
 
-    plain, windows = DPO.reference_rows, Windows()
+    plain, windows = cache.micro_batches, Windows()
 
-    def counting(self, strategy, reference, window):
-        rows = list(plain(self, strategy, reference, window))
+    def counting(window, *rest):
+        yield from plain(window, *rest)
         if len(windows) == windows.kill:
             raise Killed
         windows.append((len(window.dataset), int(window.numbers[0])))
-        return iter(rows)
 
     monkeypatch.setattr(cache, "WINDOW", 8)
-    monkeypatch.setattr(DPO, "reference_rows", counting)
+    monkeypatch.setattr(cache, "micro_batches", counting)
     return windows
 
 

@@ -242,6 +242,7 @@ def plain_rm(fit: Any, pairs: list[Any]) -> Tensor:
 
 def plain_dpo(fit: Any, pairs: list[Any]) -> Tensor:
     o, base, reference = fit.config.preference, fit.engine.module.base, fit.method.frozen_model
+    beta = 0.1 if o.beta is None else o.beta
     total = 0.0
     for pair in pairs:
         sides = [(side.input_ids, start_of(side, fit.tokenizer.eos_token_id)) for side in (pair.chosen, pair.rejected)]
@@ -256,16 +257,16 @@ def plain_dpo(fit: Any, pairs: list[Any]) -> Tensor:
             total
             + {
                 "dpo": lambda m=m: (
-                    -(1 - o.label_smoothing) * logsigmoid(o.beta * m) - o.label_smoothing * logsigmoid(-o.beta * m)
+                    -(1 - o.label_smoothing) * logsigmoid(beta * m) - o.label_smoothing * logsigmoid(-beta * m)
                 ),
-                "robust": lambda m=m: (-(0.9 * logsigmoid(o.beta * m)) + 0.1 * logsigmoid(-o.beta * m)) / 0.8,
-                "ipo": lambda m=m: (m - 1 / (2 * o.beta)) ** 2,
+                "robust": lambda m=m: (-(0.9 * logsigmoid(beta * m)) + 0.1 * logsigmoid(-beta * m)) / 0.8,
+                "ipo": lambda m=m: (m - 1 / (2 * beta)) ** 2,
                 "ipo_avg": lambda c=c, r=r, rc=0 if reference is None else rc, rr=0 if reference is None else rr: (
-                    ((c - rc).mean() - (r - rr).mean() - 1 / (2 * o.beta)) ** 2
+                    ((c - rc).mean() - (r - rr).mean() - 1 / (2 * beta)) ** 2
                 ),
-                "hinge": lambda m=m: (1 - o.beta * m).clamp(min=0),
-                "simpo": lambda c=c, r=r: -logsigmoid(o.beta * (c.mean() - r.mean()) - 0.5),
-                "orpo": lambda c=c, odds=odds: -c.mean() - o.beta * logsigmoid(odds[0] - odds[1]),
+                "hinge": lambda m=m: (1 - beta * m).clamp(min=0),
+                "simpo": lambda c=c, r=r: -logsigmoid(beta * (c.mean() - r.mean()) - 0.5),
+                "orpo": lambda c=c, odds=odds: -c.mean() - beta * logsigmoid(odds[0] - odds[1]),
             }[o.kind]()
             - o.nll_loss_coef * c.mean()
         )

@@ -48,7 +48,7 @@ def test_held_out_figures_are_the_plain_ones_however_they_are_added_up(spread):
         batch = SimpleNamespace(targets_per_sample=torch.from_numpy(lengths[rows].reshape(-1)))
         for name, (total, count) in held_out_figures(torch.from_numpy(margin[rows]), batch).items():
             entry = sums.setdefault(name, [0.0, 0.0])
-            entry[0], entry[1] = entry[0] + float(total), entry[1] + count
+            entry[0], entry[1] = entry[0] + float(total), entry[1] + float(count)
     means = {name: total / count for name, (total, count) in sums.items() if count}
     found = RM.report(object.__new__(RM), means)
     wanted = figures(margin, lengths[:, 0], lengths[:, 1])

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from rlhf_core.batch import Batch
+from rlhf_core.checkpoint import check_shared
 from rlhf_core.method import Method, Window
+from rlhf_core.micro_batches import micro_batches
 from rlhf_core.strategy import Strategy
-from rlhf_data.errors import InputError, RunError
+from rlhf_data.errors import RunError
 from rlhf_data.store import cache_dir
 
 Rows = dict[str, np.ndarray]
@@ -28,6 +33,12 @@ Rows = dict[str, np.ndarray]
 
 Compute = Callable[[Window], Iterator[tuple[int, Rows]]]
 """This rank's part of a window: places in it, and their rows."""
+
+VERSION = 1
+"""Part of every key. Raise it when the rows that the same options give change."""
+
+PATIENCE = 30.0
+"""Seconds between two looks at whether another run has finished filling a cache."""
 
 WINDOW = 256
 """Samples between two marks: what a kill can cost."""
@@ -53,7 +64,7 @@ class SampleCache:
     def __getitem__(self, number: int) -> Rows:
         """The rows of one sample."""
         start, stop = self.bounds[number], self.bounds[number + 1]
-        return {name: np.array(array[start:stop]) for name, array in self._open("r").items()}
+        return {name: np.array(array[start:stop]) for name, array in self._arrays.items()}
 
     def done(self) -> int:
         """How many samples are complete; none if a file is missing or is not what it should be."""
@@ -80,6 +91,7 @@ class SampleCache:
         """
         total = len(self.bounds) - 1
         with self._alone(strategy):
+            check_shared(self.folder.parent, "--data_cache_dir", strategy)
             start = strategy.share(self.done)
             if start < total:
                 work = compute()
@@ -91,24 +103,32 @@ class SampleCache:
                             self._write(first, dict(item for part in parts for item in part))
                         bar.update(len(numbers))
         strategy.barrier()
-        (seen,) = strategy.sum([float(self.done() == total)])
-        if seen < strategy.world_size:
-            raise InputError(
-                f"--data_cache_dir: {self.folder.parent} is not one folder for all ranks; name one that all nodes share"
-            )
 
     @contextmanager
     def _alone(self, strategy: Strategy) -> Iterator[None]:
-        """Of several runs that want the same cache, one fills it and the others wait."""
-        if not strategy.is_first:
-            yield
-            return
+        """Of several runs that want the same cache, one fills it and the others wait, all ranks together."""
+        lock = FileLock(f"{self.folder}.lock")
+
+        def acquired() -> bool:
+            try:
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0 if told else PATIENCE)
+            except Timeout:
+                return False
+            except OSError as error:
+                raise self._unwritable(error) from error
+            return True
+
+        told = True
+        while not strategy.share(acquired):
+            if told:
+                strategy.say(f"another run is filling {self.folder}: waiting for it")
+            told = False
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with FileLock(f"{self.folder}.lock"):
             yield
+        finally:
+            if strategy.is_first:
+                lock.release()
 
     def _unwritable(self, error: OSError) -> RunError:
         return RunError(
@@ -136,7 +156,10 @@ class SampleCache:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for name in self.columns:
-            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *self._form(name)).flush()
+            path = self.folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", *self._form(name)).flush()
+            with path.open("r+b") as file:  # a full disk is an error here, and the end of the process in a memory map
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self._mark(0)
 
     def _form(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -150,14 +173,12 @@ class SampleCache:
         part.replace(self.folder / "done.json")
 
     def _open(self, mode: Any) -> Rows:
-        if mode == "r" and hasattr(self, "_arrays"):
-            return self._arrays
-        arrays = {
-            name: np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in self.columns
-        }
-        if mode == "r":
-            self._arrays = arrays
-        return arrays
+        return {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in self.columns}
+
+    @cached_property
+    def _arrays(self) -> Rows:
+        """The finished columns, to read."""
+        return self._open("r")
 
 
 class Cached:
@@ -179,7 +200,8 @@ class Cached:
 def precompute(
     method: Method,
     models: Any,
-    rows: Callable[[Any, Window], Iterator[tuple[int, Rows]]],
+    rows: Callable[[Any, Batch], Iterator[Rows]],
+    lay_out: Callable[[list[Any]], Batch],
     counts: Callable[[Any], np.ndarray],
     columns: dict[str, tuple[np.dtype[Any], int]],
     **options: Any,
@@ -191,26 +213,31 @@ def precompute(
     Args:
         method: with a frozen model.
         models: loads it, if anything is missing.
-        rows: given the model and a window, this rank's part of the window.
+        rows: given the model and a batch, the rows of each of its samples.
+        lay_out: samples to a batch.
         counts: rows of each sample of a data set.
         columns: as of `SampleCache`.
         **options: what else determines the rows.
     """
-    frozen, strategy, data, loaded = method.frozen, models.strategy, models.config.data, []
+    frozen, strategy, config, loaded = method.frozen, models.strategy, models.config, []
     assert frozen is not None
+
+    def of_window(window: Window) -> Iterator[tuple[int, Rows]]:
+        size = config.batch.micro_train_batch_size
+        for places, batch in micro_batches(window, lay_out, strategy, size, method.token_budget):
+            with torch.no_grad():
+                yield from zip(places.tolist(), rows(loaded[0], batch), strict=False)
 
     def compute() -> Compute:
         if not loaded:
             loaded.append(models.frozen(frozen))
-        return partial(rows, loaded[0])
+        return of_window
 
     model = strategy.share(lambda: model_identity(frozen.name, models.config_of(frozen)))
     for which in ("train", "evaluation"):
         if (dataset := getattr(method, which)) is not None:
-            key = cache_key(
-                what=frozen.role, model=model, data=dataset.fingerprint, bf16=models.config.model.bf16, **options
-            )
-            cache = SampleCache(cache_dir(data.data_cache_dir), key, counts(dataset), columns)
+            key = cache_key(what=frozen.role, model=model, data=dataset.fingerprint, bf16=config.model.bf16, **options)
+            cache = SampleCache(cache_dir(config.data.data_cache_dir), key, counts(dataset), columns)
             cache.fill(dataset, compute, strategy, f"{frozen.role} on the {which} data")
             setattr(method, which, Cached(dataset, cache))
     method.frozen = None
@@ -218,7 +245,9 @@ def precompute(
 
 def cache_key(**parts: Any) -> str:
     """A name for what these parts (all JSON) determine."""
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps({"version": VERSION, **parts}, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
 
 
 def model_identity(name: str, config: Any) -> dict[str, Any]:
@@ -226,5 +255,7 @@ def model_identity(name: str, config: Any) -> dict[str, Any]:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return {"name": name, "commit": getattr(config, "_commit_hash", None)}
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".model"))
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".model", ".py")
+    )
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}

@@ -97,18 +97,7 @@ class Checkpoints:
         Raises:
             InputError: some ranks do not see what the first one writes.
         """
-        token = self.folder / self.strategy.share(lambda: f".writing-check-{secrets.token_hex(8)}")
-        if self.strategy.is_first:
-            token.mkdir(parents=True)
-        self.strategy.barrier()
-        (seen,) = self.strategy.sum([float(token.is_dir())])
-        if self.strategy.is_first:
-            token.rmdir()
-        if seen < self.strategy.world_size:
-            raise InputError(
-                f"--ckpt_path {self.folder} is not one folder for all ranks: {self.strategy.world_size - int(seen)} of "
-                f"{self.strategy.world_size} do not see what the first one writes; choose a folder that all nodes share"
-            )
+        check_shared(self.folder, "--ckpt_path", self.strategy)
 
     @staticmethod
     def folder_of(config: CheckpointConfig) -> Path:
@@ -153,6 +142,26 @@ class Checkpoints:
         found, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=not adapters)
         assert found, f"DeepSpeed found no checkpoint in {path}"
         restore_random_state(load_file(path / f"random_rank{self.strategy.rank}.safetensors"))
+
+
+def check_shared(folder: Path, option: str, strategy: Strategy) -> None:
+    """Make sure that all ranks see one folder, creating it if it is not there.
+
+    Raises:
+        InputError: some ranks do not see what the first one writes.
+    """
+    token = folder / strategy.share(lambda: f".writing-check-{secrets.token_hex(8)}")
+    if strategy.is_first:
+        token.mkdir(parents=True)
+    strategy.barrier()
+    (seen,) = strategy.sum([float(token.is_dir())])
+    if strategy.is_first:
+        token.rmdir()
+    if seen < strategy.world_size:
+        raise InputError(
+            f"{option} {folder} is not one folder for all ranks: {strategy.world_size - int(seen)} of "
+            f"{strategy.world_size} do not see what the first one writes; choose a folder that all nodes share"
+        )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -52,7 +52,7 @@ def sample_responses(
     ]
     written: list[list[int]] = [[] for _ in prompts]
     with batched_attention(policy):
-        for logits in Decoding(policy, prompts, written, strategy.device):
+        for logits in Decoding(policy, prompts, written, room, eos_id, strategy.device):
             probabilities = (logits[:, :vocabulary].float() / temperature).softmax(-1).cpu()
             for row, response in enumerate(written):
                 if not ended(response, room[row], eos_id):
@@ -75,9 +75,15 @@ class Decoding:
     """The model's logits `[N, V]` for the next token of every row, again and again; rows that have ended are carried along."""
 
     def __init__(
-        self, policy: Policy, prompts: Sequence[np.ndarray], written: list[list[int]], device: torch.device
+        self,
+        policy: Policy,
+        prompts: Sequence[np.ndarray],
+        written: list[list[int]],
+        room: Sequence[int],
+        eos_id: int,
+        device: torch.device,
     ) -> None:
-        self.model, self.written, self.device = policy.base, written, device
+        self.model, self.written, self.room, self.eos_id, self.device = policy.base, written, room, eos_id, device
         longest = max(map(len, prompts))
         self.ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         self.attended = torch.zeros_like(self.ids)
@@ -101,7 +107,9 @@ class Decoding:
             cache = out.past_key_values
             ids = torch.tensor([[response[-1]] for response in self.written], device=self.device)
             attended = torch.cat([attended, attended.new_ones(len(ids), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+            going = [not ended(response, self.room[row], self.eos_id) for row, response in enumerate(self.written)]
+            # a row that has ended stays where it is, within the model's context
+            positions = positions[:, -1:] + torch.tensor(going, device=self.device)[:, None]
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def count_parameters(config: TrainConfig, model_config: Any, reward_head: Any = 
     return total + added, added + (head.weight.numel() if reward_head else 0)
 
 
-def skeleton(options: ModelConfig, model_config: Any, reward_head: Any = None) -> Any:
+def skeleton(options: ModelConfig, model_config: Any, reward_head: Any = None, option: str = "--pretrain") -> Any:
     """A model without weights.
 
     Raises:
@@ -107,11 +107,11 @@ def skeleton(options: ModelConfig, model_config: Any, reward_head: Any = None) -
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"--pretrain {options.pretrain} ({model_config.model_type}) is no {what} in transformers: {reason}"
+            f"{option} {options.pretrain} ({model_config.model_type}) is no {what} in transformers: {reason}"
         ) from error
     if reward_head and type(getattr(model, "score", None)) is not torch.nn.Linear:
         raise InputError(
-            f"--pretrain {options.pretrain} ({model_config.model_type}): transformers' {type(model).__name__} has no linear "
+            f"{option} {options.pretrain} ({model_config.model_type}): transformers' {type(model).__name__} has no linear "
             "head called `score`, which reward models need here"
         )
     return model

@@ -19,6 +19,8 @@ TOLERANCE = 1e-4
 def merge(config: MergeConfig) -> None:
     """Load base and adapter, add the adapter up, compare logits before and after, and write the model.
 
+    The base is taken in its own number format also for an adapter that was trained on it in 4 bits (QLoRA).
+
     Raises:
         InputError: the folder is no adapter, its base model cannot be loaded or is not its base.
         RunError: the merged model answers differently.
@@ -32,6 +34,7 @@ def merge(config: MergeConfig) -> None:
     from rlhf_core.models.load import load_model, load_model_config
     from rlhf_core.models.policy import Policy
     from rlhf_core.models.reward import RewardHead, RewardModel, find_head, settle_padding
+    from rlhf_core.plan import check_can_write
     from rlhf_core.strategy import Alone
 
     folder = Path(config.adapter)
@@ -42,6 +45,7 @@ def merge(config: MergeConfig) -> None:
         raise InputError(
             f"--save_path {config.save_path} holds the adapter or its base model: save the merged model elsewhere"
         )
+    check_can_write("--save_path", config.save_path)
     architecture = load_model_config(options, option)
     tokenizer = tokenizer_of(folder, options)
     head = None
@@ -55,7 +59,6 @@ def merge(config: MergeConfig) -> None:
             setattr(merged.config, name, value)
     whole = (RewardModel if head else Policy)(merged, ragged=False)
     whole.to(torch.bfloat16 if config.bf16 else architecture.dtype or torch.float32)
-    Path(config.save_path).mkdir(parents=True, exist_ok=True)
     export(whole, tokenizer, Path(config.save_path), Alone())
     print(f"saved {config.save_path}", flush=True)
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf_core.batch import Batch
+from rlhf_core.config import ModelConfig
 from rlhf_core.metrics import Sums
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class Frozen:
     offload: bool = False
     cached: bool = False
     """Whether it is called once for every sample before training, and not held after that."""
+
+    def options(self, trained: ModelConfig) -> ModelConfig:
+        """How it is loaded: as the trained model, without what is about training."""
+        return trained.model_copy(update={"pretrain": self.name, "aux_loss_coef": 0.0})
 
 
 @dataclass(frozen=True)

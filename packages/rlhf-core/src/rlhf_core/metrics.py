@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-Sums = dict[str, tuple[Tensor | float, float]]
+Sums = dict[str, tuple[Tensor | float, Tensor | float]]
 """A metric's sum and what to divide it by, by name; both add up over micro-batches and ranks."""
 
 
@@ -26,7 +26,7 @@ class Meter:
         for name, (total, count) in sums.items():
             entry = self._sums.setdefault(name, [0.0, 0.0])
             entry[0] = entry[0] + (total.detach().double() if isinstance(total, Tensor) else total)
-            entry[1] += count
+            entry[1] = entry[1] + count
 
     def settle(self, strategy: Any) -> dict[str, list[float]]:
         """What was added so far, over all ranks, for a checkpoint. From now on the first rank holds it alone."""

@@ -200,18 +200,21 @@ def check_writable(config: TrainConfig) -> None:
         ("--ckpt_path", saving.ckpt_path),
         ("--use_tensorboard", config.logging.use_tensorboard),
     ):
-        if name is None:
-            continue
-        path = Path(name)
-        there = nearest_existing(path)
-        if not there.is_dir():
-            raise InputError(f"{option} {name}: {there} is a file, not a folder")
-        probe = there / f".rlhf-can-write-{secrets.token_hex(8)}"
-        try:
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(f"{option} {name}: cannot write to {there} ({error.strerror})") from error
+        if name is not None:
+            check_can_write(option, name)
+
+
+def check_can_write(option: str, name: str) -> None:
+    """Refuse a folder that cannot be written."""
+    there = nearest_existing(Path(name))
+    if not there.is_dir():
+        raise InputError(f"{option} {name}: {there} is a file, not a folder")
+    probe = there / f".rlhf-can-write-{secrets.token_hex(8)}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{option} {name}: cannot write to {there} ({error.strerror})") from error
 
 
 def writes(config: TrainConfig, method: Method) -> tuple[str, ...]:

@@ -47,8 +47,8 @@ def run(
         check_same_data(strategy, method)
     models = {"--pretrain": (config.model.pretrain, model_config)}
     if method.frozen:
-        options = config.model.model_copy(update={"pretrain": method.frozen.name, "aux_loss_coef": 0.0})
-        models[method.frozen.option] = (method.frozen.name, load_model_config(options, method.frozen.option))
+        frozen = method.frozen
+        models[frozen.option] = (frozen.name, load_model_config(frozen.options(config.model), frozen.option))
     for option, (name, architecture) in models.items():
         check_vocabulary(option, name, architecture, len(tokenizer))
         check_context(option, name, architecture, method.longest)

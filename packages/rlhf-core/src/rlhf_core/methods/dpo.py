@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,10 @@ from torch import Tensor
 from rlhf_core.batch import Batch
 from rlhf_core.cache import Cached, Rows, precompute
 from rlhf_core.config import REFERENCE_FREE, DPOConfig, shares_prefix
-from rlhf_core.method import Frozen, Method, Window
-from rlhf_core.methods.terms import balanced, pair_groups, token_budget
+from rlhf_core.method import Method
+from rlhf_core.methods.terms import balanced, pair_groups, reference_model, token_budget
 from rlhf_core.metrics import Sums
-from rlhf_core.micro_batches import micro_batches
 from rlhf_core.run import run
-from rlhf_core.strategy import Strategy
-from rlhf_core.vocabulary import shared_vocabulary
 from rlhf_data.preferences import prepare_pairs
 from rlhf_losses import (
     dpo_loss,
@@ -57,16 +53,13 @@ class DPO(Method):
     def prepare(self, models: Any) -> None:
         """With `--precompute_ref`, the reference log-probs of all pairs, from the cache or computed now."""
         if self.frozen and self.frozen.cached:
-            rows = partial(self.reference_rows, models.strategy)
-            precompute(self, models, rows, lambda dataset: np.full(len(dataset), 2), {"logps": (np.dtype("f4"), 0)})
+            counts, columns = lambda dataset: np.full(len(dataset), 2), {"logps": (np.dtype("f4"), 0)}
+            precompute(self, models, self.reference_rows, self.lay_out, counts, columns)
 
-    def reference_rows(self, strategy: Strategy, reference: Any, window: Window) -> Iterator[tuple[int, Rows]]:
-        """The reference's log-probs of this rank's part of a window."""
-        size = self.config.batch.micro_train_batch_size
-        for places, batch in micro_batches(window, self.lay_out, strategy, size, self.token_budget):
-            with torch.no_grad():
-                logps = batch.sum_by_sample(reference("token_logps", batch)[0]).view(-1, 2).cpu().numpy()
-            yield from ((int(place), {"logps": row}) for place, row in zip(places, logps, strict=True))
+    def reference_rows(self, reference: Any, batch: Batch) -> Iterator[Rows]:
+        """The reference's log-probs of both responses of every pair."""
+        logps = batch.sum_by_sample(reference("token_logps", batch)[0]).view(-1, 2).cpu().numpy()
+        yield from ({"logps": row} for row in logps)
 
     def lay_out(self, pairs: list[Any]) -> Batch:
         return Batch.from_groups(pair_groups(pairs))
@@ -156,19 +149,6 @@ class DPO(Method):
             "preference": self.options.model_dump(exclude={"share_prefix"}),
             "ref_pretrain": self.config.reference.ref_pretrain,
         }
-
-
-def reference_model(config: Any, tokenizer: Any, *, cached: bool = False) -> Frozen:
-    """The frozen reference that the options ask for.
-
-    Raises:
-        InputError: it does not have the trained model's vocabulary.
-    """
-    name, offload = config.reference.ref_pretrain, config.reference.ref_offload
-    if name is None:
-        return Frozen("reference", "--pretrain", config.model.pretrain, offload, cached)
-    shared_vocabulary(config.model, tokenizer, name, "--ref_pretrain")
-    return Frozen("reference", "--ref_pretrain", name, offload, cached)
 
 
 def train(config: DPOConfig, *, dry_run: bool = False, world_size: int = 1) -> None:

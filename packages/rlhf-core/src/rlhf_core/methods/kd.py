@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,7 @@ from rlhf_core.generate import sample_responses
 from rlhf_core.method import Frozen, InMemory, Method, Window
 from rlhf_core.methods.terms import balanced, is_training, perplexity, prompt_length, token_budget
 from rlhf_core.metrics import Sums
-from rlhf_core.micro_batches import micro_batches
 from rlhf_core.run import run
-from rlhf_core.strategy import Strategy
 from rlhf_core.vocabulary import shared_vocabulary
 from rlhf_data.encode import Sample
 from rlhf_data.sft import prepare_sft
@@ -61,24 +60,21 @@ class KD(Method):
         k = min(self.config.teacher.teacher_top_k or TOP_K, self.vocabulary, teacher_vocabulary)
         columns = {"logps": (np.dtype("f4"), k), "tokens": (np.dtype("i4"), k)}
         key = {"k": k, "vocabulary": self.vocabulary, "temperature": self.options.kd_temperature}
-        rows = partial(self.teacher_rows, models.strategy, k)
-        precompute(self, models, rows, lambda dataset: dataset.num_targets, columns, **key)
+        rows = partial(self.teacher_rows, k)
+        precompute(self, models, rows, Batch.from_samples, lambda dataset: dataset.num_targets, columns, **key)
 
-    def teacher_rows(self, strategy: Strategy, k: int, teacher: Any, window: Window) -> Iterator[tuple[int, Rows]]:
-        """The teacher's `k` likeliest tokens at the targets of this rank's part of a window."""
+    def teacher_rows(self, k: int, teacher: Any, batch: Batch) -> Iterator[Rows]:
+        """The teacher's `k` likeliest tokens at the targets of every sample."""
 
         def likeliest(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
             return linear_topk_logps(
                 hidden, weight, k, temperature=self.options.kd_temperature, vocabulary=self.vocabulary, **head
             )
 
-        size = self.config.batch.micro_train_batch_size
-        for places, batch in micro_batches(window, Batch.from_samples, strategy, size, self.token_budget):
-            with torch.no_grad():
-                (logps, tokens), _ = teacher("at_targets", batch, likeliest)
-            bounds = batch.target_bounds.tolist()
-            for place, start, stop in zip(places, bounds, bounds[1:], strict=False):
-                yield int(place), {"logps": logps[start:stop].cpu().numpy(), "tokens": tokens[start:stop].cpu().numpy()}
+        (logps, tokens), _ = teacher("at_targets", batch, likeliest)
+        logps, tokens, bounds = logps.cpu().numpy(), tokens.cpu().numpy(), batch.target_bounds.tolist()
+        for start, stop in pairwise(bounds):
+            yield {"logps": logps[start:stop], "tokens": tokens[start:stop]}
 
     def begin_step(self, engine: Any, window: Window, run: Any) -> Window:
         """With `--on_policy_fraction`, some of the samples with responses that the student writes now."""
@@ -89,7 +85,9 @@ class KD(Method):
         chosen = np.sort(np.random.default_rng([seed, step]).choice(len(window), count, replace=False))
         own = self.own_samples(engine, [window[int(place)] for place in chosen], chosen, run)
         replaced = dict(zip(chosen.tolist(), own, strict=True))
-        samples = [(replaced.get(place) or window[place], place not in replaced) for place in range(len(window))]
+        samples = [
+            (replaced[place], False) if place in replaced else (window[place], True) for place in range(len(window))
+        ]
         lengths = np.array([len(sample) for sample, _ in samples])
         targets = np.array([int(sample.target_mask.sum()) for sample, _ in samples])
         return InMemory(samples, lengths, targets).window()
@@ -120,7 +118,7 @@ class KD(Method):
         engine.train()
         parts = strategy.gather(written)
         responses = strategy.share(lambda: [response for part in parts for response in part])[: len(prompts)]
-        return [answered(prompt, response, self.eos_id) for prompt, response in zip(prompts, responses, strict=True)]
+        return [own_sample(prompt, response, self.eos_id) for prompt, response in zip(prompts, responses, strict=True)]
 
     @property
     def longest(self) -> int:
@@ -183,8 +181,10 @@ class KD(Method):
                 shared_vocab=min(self.vocabulary, len(weight)), **weights, **own,
             )  # fmt: skip
 
-        def with_teacher(teacher_hidden: Tensor, teacher_weight: Tensor, _: Tensor, **teacher_head: Any) -> Any:
-            return linear_distillation_sum(
+        found: list[Any] = []
+
+        def with_teacher(teacher_hidden: Tensor, teacher_weight: Tensor, _: Tensor, **teacher_head: Any) -> Tensor:
+            out = linear_distillation_sum(
                 hidden,
                 weight,
                 teacher_hidden,
@@ -199,23 +199,26 @@ class KD(Method):
                 **{f"student_{name}": value for name, value in head.items()},
                 **{f"teacher_{name}": value for name, value in teacher_head.items()},
             )
+            found.append(out)  # not returned: the teacher's modules would wait for a backward pass through them
+            return teacher_hidden.new_zeros(())
 
-        out, _ = self.frozen_model("at_targets", batch, with_teacher)
-        return out
+        self.frozen_model("at_targets", batch, with_teacher)
+        return found[0]
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         return means | perplexity(means, "ce_loss")
 
     def identity(self) -> dict[str, Any]:
         teacher = self.config.teacher
+        top_k = (teacher.teacher_top_k or TOP_K) if teacher.cache_teacher else None
         return {
             "distillation": self.options.model_dump(),
             "teacher_model": teacher.teacher_model,
-            "top_k": teacher.teacher_top_k,
+            "teacher_top_k": top_k,
         }
 
 
-def answered(prompt: np.ndarray, response: np.ndarray, eos_id: int) -> Sample:
+def own_sample(prompt: np.ndarray, response: np.ndarray, eos_id: int) -> Sample:
     """A prompt with a response as a sample, the response being its targets."""
     ids = np.concatenate([prompt, response]).astype(np.int32)
     return Sample(ids, np.arange(len(ids)) >= len(prompt), truncated=bool(response[-1] != eos_id))

@@ -12,8 +12,7 @@ from torch import Tensor
 from rlhf_core.batch import Batch
 from rlhf_core.config import KTOConfig
 from rlhf_core.method import InMemory, Method, Window
-from rlhf_core.methods.dpo import reference_model
-from rlhf_core.methods.terms import balanced, is_training, prompt_length, token_budget
+from rlhf_core.methods.terms import balanced, is_training, prompt_length, reference_model, token_budget
 from rlhf_core.metrics import Sums
 from rlhf_core.run import run
 from rlhf_data.dataset import LabelledSample
@@ -42,6 +41,13 @@ class KTO(Method):
         if not self.adapter_off:
             self.frozen = reference_model(config, tokenizer)
         self.kl = torch.zeros(())
+
+    @property
+    def longest(self) -> int:
+        """With prompts and responses of different samples, what they can come to."""
+        parts = [(data.lengths - data.num_targets, data.num_targets) for data in (self.train, self.evaluation) if data]
+        mixed = max(int(prompts.max()) for prompts, _ in parts) + max(int(responses.max()) for _, responses in parts)
+        return max(super().longest, min(mixed, self.config.data.max_len))
 
     def begin_step(self, engine: Any, window: Window, run: Any) -> Window:
         """The reference's log-probs of all samples, and the reference point."""
@@ -124,7 +130,7 @@ class KTO(Method):
             "desirable_share": (desirable.sum(), count),
         }
         for name, group in (("desirable", desirable), ("undesirable", ~desirable)):
-            number = float(group.sum())
+            number = group.sum()
             sums[f"{name}_reward"] = ((options.beta * ratios * group).sum(), number)
             sums[f"{name}_logps"] = ((policy.detach() * group).sum(), number)
             sums[f"{name}_length"] = ((batch.targets_per_sample * group).sum(), number)
@@ -157,8 +163,10 @@ def unrelated(samples: Sequence[Sample], max_len: int) -> list[Sample | None]:
     for i, sample in enumerate(samples):
         following = [(i + step) % len(samples) for step in range(1, len(samples))]
         own, room = responses[i].tobytes(), max_len - starts[i]
-        candidates = [j for j in following if responses[j][:room].tobytes() != own]
-        partner = next((j for j in candidates if prompts[j] != prompts[i]), next(iter(candidates), None))
+        candidates = (j for j in following if responses[j][:room].tobytes() != own)
+        partner = next(candidates, None)
+        if partner is not None and prompts[partner] == prompts[i]:
+            partner = next((j for j in candidates if prompts[j] != prompts[i]), partner)
         found.append(None if partner is None else answered(sample, samples[partner], max_len))
     return found
 

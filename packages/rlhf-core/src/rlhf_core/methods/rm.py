@@ -95,6 +95,11 @@ class RM(Method):
                     sums = [sums[0] + rewards.sum(), sums[1] + rewards.square().sum(), sums[2] + len(rewards)]
         total, squares, count = run.strategy.sum([float(x) for x in sums])
         std = math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1))
+        if not std:
+            run.strategy.say(
+                "all held-out rewards are equal, so they are not calibrated: --normalize_reward will not work"
+            )
+            return
         data = self.config.data
         origin = data.eval_dataset or f"{data.dataset} (held out)"
         Calibration(total / count, std, int(count), origin).write(run.engine.module.base.config)
@@ -126,11 +131,11 @@ def held_out_figures(margin: Tensor, batch: Batch) -> Sums:
         groups[name] = (longest > low) & (longest <= high if high else longest > low)
         low = high or low
     for name, group in groups.items():
-        sums[name] = ((right * group).sum(), float(group.sum()))
+        sums[name] = ((right * group).sum(), group.sum())
     sure = torch.maximum(won, 1 - won)
     bins = ((sure - 0.5) * 2 * CONFIDENCES).long().clamp(max=CONFIDENCES - 1)
     for n in range(CONFIDENCES):
-        group, count = bins == n, float((bins == n).sum())
+        group, count = bins == n, (bins == n).sum()
         sums[f"bin_{n}_sure"] = ((sure * group).sum(), count)
         sums[f"bin_{n}_right"] = ((right * group).sum(), count)
         sums[f"bin_{n}_share"] = (count, len(margin))

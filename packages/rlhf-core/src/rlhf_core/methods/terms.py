@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from rlhf_core.method import Frozen
 from rlhf_core.metrics import Sums
+from rlhf_core.vocabulary import shared_vocabulary
 from rlhf_data.encode import Sample
 
 
@@ -62,3 +64,16 @@ def prompt_length(sample: Sample) -> int:
 def is_training(model: Any) -> bool:
     """Whether a model, or the engine around it, is in training mode (DeepSpeed tells only its module)."""
     return getattr(model, "module", model).training
+
+
+def reference_model(config: Any, tokenizer: Any, *, cached: bool = False) -> Frozen:
+    """The frozen reference that the options ask for.
+
+    Raises:
+        InputError: it does not have the trained model's vocabulary.
+    """
+    name, offload = config.reference.ref_pretrain, config.reference.ref_offload
+    if name is None:
+        return Frozen("reference", "--pretrain", config.model.pretrain, offload, cached)
+    shared_vocabulary(config.model, tokenizer, name, "--ref_pretrain")
+    return Frozen("reference", "--ref_pretrain", name, offload, cached)

@@ -13,7 +13,7 @@ from rlhf_core.batch import Batch
 from rlhf_data.encode import Sample
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Largest difference in nats between two ways to compute log-probs of the same model: of any in float32, the mean in bfloat16."""
+"""Largest difference between two ways to compute log-probs (nats) or rewards (of the largest): any in float32, the mean in bfloat16."""
 
 
 def probes(vocab_size: int) -> list[Sample]:
@@ -52,6 +52,8 @@ def check_model(
     own = apart_logps if verb == "token_logps" else apart_rewards
     theirs = torch.cat([own(model, sample, device) for sample in (first, *pair)])
     gaps = (ours - theirs).abs()
+    if verb == "rewards":  # log-probs are nats, rewards have any scale
+        gaps = gaps / theirs.abs().max().clamp(min=0.1)
     difference = (gaps.max() if dtype == torch.float32 else gaps.mean()).item()  # bfloat16 rounds logits by up to 0.06
     if not difference <= TOLERANCE[dtype]:
         shared = ", or a segment does not see the prefix it continues (try --no_share_prefix)" if share_prefix else ""

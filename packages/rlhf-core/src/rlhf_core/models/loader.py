@@ -13,7 +13,7 @@ from rlhf_core.models.backbone import Backbone
 from rlhf_core.models.check import check_model
 from rlhf_core.models.load import load_model, load_model_config
 from rlhf_core.models.policy import Policy
-from rlhf_core.models.reward import HEAD, RewardModel
+from rlhf_core.models.reward import HEAD, RewardModel, forget_calibration
 from rlhf_core.strategy import Strategy
 
 
@@ -49,12 +49,13 @@ class Models:
             head=self.method.head,
         )
         kind = RewardModel if self.method.head else Policy
-        return kind(model, ragged=self.ragged, balance=bool(config.model.aux_loss_coef))
+        trained = kind(model, ragged=self.ragged, balance=bool(config.model.aux_loss_coef))
+        forget_calibration(trained.config)  # that of a reward model which is trained on is about other weights
+        return trained
 
     def frozen(self, frozen: Frozen) -> Any:
         """A frozen policy, prepared and checked."""
-        options = self.config.model.model_copy(update={"pretrain": frozen.name, "aux_loss_coef": 0.0})
-        model_config = self.config_of(frozen)
+        options, model_config = frozen.options(self.config.model), self.config_of(frozen)
         splits = self.config.parallel.zero_stage == 3 or frozen.offload
         model = load_model(
             options,
@@ -69,8 +70,7 @@ class Models:
 
     def config_of(self, frozen: Frozen) -> Any:
         """The architecture of a frozen model."""
-        options = self.config.model.model_copy(update={"pretrain": frozen.name, "aux_loss_coef": 0.0})
-        return load_model_config(options, frozen.option)
+        return load_model_config(frozen.options(self.config.model), frozen.option)
 
     def check(self, model: Any, model_config: Any, verb: str = "token_logps") -> None:
         """The start-up check of a prepared model."""

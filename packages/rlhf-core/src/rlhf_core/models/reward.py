@@ -91,7 +91,7 @@ def find_head(name: str, prefix: str | None, option: str) -> str | None:
         option: the option that named the model, for errors.
 
     Returns:
-        The head's name, or None if the checkpoint has none.
+        The head's name, or None if the checkpoint has none, also if one was named.
 
     Raises:
         InputError: the checkpoint has another head than was named, several, or one with more than one output.
@@ -115,7 +115,7 @@ def find_head(name: str, prefix: str | None, option: str) -> str | None:
 
 
 def checkpoint_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of a checkpoint in safetensors files, from their headers; of other files nothing is known."""
+    """Shape of every weight of a checkpoint, from the headers of its safetensors files, or of older ones without data."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -133,6 +133,10 @@ def checkpoint_shapes(name: str) -> dict[str, tuple[int, ...]]:
     for path in files:
         with safe_open(path, framework="pt") as tensors:
             shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    older = sorted(Path(name).expanduser().glob("*.bin")) if not files else []
+    for path in older:
+        weights = torch.load(path, map_location="meta", weights_only=True)
+        shapes |= {key: tuple(weight.shape) for key, weight in weights.items() if isinstance(weight, Tensor)}
     return shapes
 
 
@@ -172,6 +176,13 @@ class Calibration:
     def normalise(self, rewards: Tensor) -> Tensor:
         """(r − mean) / std."""
         return (rewards - self.mean) / self.std
+
+
+def forget_calibration(config: Any) -> None:
+    """Remove what `Calibration.write` wrote: it is about other weights."""
+    for name in ("mean", "std", "calibration"):
+        if hasattr(config, name):
+            delattr(config, name)
 
 
 def initialise_head(model: Any, seed: int) -> None:
