@@ -150,7 +150,7 @@ def flags_of(generator: ModuleType, command: str) -> set[str]:
 
 def test_every_flag_in_the_pages_is_an_option(generator):
     """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
-    known = {"--help", "--version", "--no_"}
+    known = {"--help", "--version", "--no_", "--method"}
     known |= {"--group", "--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
     known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache", "--is_rm", "--normalize_reward"}
     known = known.union(*(flags_of(generator, command) for command in generator.CONFIGS))
