@@ -179,6 +179,7 @@ def prepared(options):
             method.frozen_model = models.frozen(method.frozen)
         for model in (engine.module, method.frozen_model):
             if model is not None and dtype is not None:
+                model.base.set_experts_implementation("eager")  # torch's grouped products have no float64
                 model.to(dtype)
         engine.train()
         return Fit(method, engine, tokenizer, strategy, config, None)

@@ -204,8 +204,7 @@ def test_a_micro_batch_of_nothing_gives_nothing(prepared, given, case, ragged):
 @pytest.mark.parametrize("case", ["rm", "dpo", "kto", "forward_kl"])
 def test_the_balance_of_experts_is_the_same_in_any_micro_batching(step, given, models, case):
     method, options = given(case)
-    # torch's grouped products have no float64; rewards are differences of log-probs of some 20 nats
-    options = {"pretrain": models["experts"], "aux_loss_coef": 0.5, "dtype": torch.float32} | options
+    options = {"pretrain": models["experts"], "aux_loss_coef": 0.5} | options
     whole = step(method, micro_train_batch_size=16, **options)
     assert 1 <= whole.metrics["aux_loss"] < 4
     for micro, layout in ((1, {}), (2, {"flash_attn": True}), (8, {})):
