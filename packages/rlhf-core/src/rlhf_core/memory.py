@@ -119,10 +119,8 @@ def skeleton(options: ModelConfig, model_config: Any, reward_head: Any = None, o
 
 def with_frozen(memory: Memory, config: TrainConfig, frozen_config: Any, world_size: int, frozen: Any) -> Memory:
     """The same with the weights of a frozen model."""
-    options = config.model.model_copy(update={"pretrain": frozen.name})
-    weights = sum(p.numel() for p in skeleton(options, frozen_config).parameters()) * (
-        2.0 if config.model.bf16 else 4.0
-    )
+    model = skeleton(frozen.options(config.model), frozen_config, option=frozen.option)
+    weights = sum(p.numel() for p in model.parameters()) * (2.0 if config.model.bf16 else 4.0)
     if frozen.offload:
         return replace(memory, offloaded=memory.offloaded + weights / world_size)
     return replace(memory, frozen=weights / (world_size if config.parallel.zero_stage == 3 else 1))
