@@ -161,3 +161,11 @@ def test_a_model_is_told_apart_by_its_files(tiny, other, tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert model_identity(str(copy), None) != before
+
+
+def test_a_model_of_the_hub_is_told_by_its_commit():
+    from types import SimpleNamespace
+
+    one, other = (model_identity("some/model", SimpleNamespace(_commit_hash=commit)) for commit in ("aa", "bb"))
+    assert one == model_identity("some/model", SimpleNamespace(_commit_hash="aa")) != other
+    assert model_identity("some/model", None) != model_identity("some/model", None)

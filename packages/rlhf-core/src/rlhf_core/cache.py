@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -254,7 +255,8 @@ def model_identity(name: str, config: Any) -> dict[str, Any]:
     """What tells a model from all others, without reading its weights: its files' names, sizes and times; on the Hub, the commit."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return {"name": name, "commit": getattr(config, "_commit_hash", None)}
+        # a name alone may stand for other weights tomorrow: then nothing is found again
+        return {"name": name, "commit": getattr(config, "_commit_hash", None) or secrets.token_hex(8)}
     files = sorted(
         path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".model", ".py")
     )
