@@ -169,3 +169,19 @@ def test_a_model_of_the_hub_is_told_by_its_commit():
     one, other = (model_identity("some/model", SimpleNamespace(_commit_hash=commit)) for commit in ("aa", "bb"))
     assert one == model_identity("some/model", SimpleNamespace(_commit_hash="aa")) != other
     assert model_identity("some/model", None) != model_identity("some/model", None)
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written_into_a_map(run, monkeypatch, tmp_path):
+    import errno
+
+    from rlhf_data.errors import RunError
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_core.cache.os.posix_fallocate", full)
+        with pytest.raises(RunError, match=r"cannot be written \(No space left on device\).*--data_cache_dir"):
+            run("full")
+    assert not (tmp_path / "full" / "model.safetensors").exists()
+    assert run("again")[0]
