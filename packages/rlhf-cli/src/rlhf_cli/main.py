@@ -10,10 +10,15 @@ from typing import Annotated
 import typer
 
 from rlhf_cli.errors import usage_reported
+from rlhf_cli.infer import InferConfig, job_of
 from rlhf_cli.options import RUN, command
 from rlhf_cli.quickstart import QuickstartConfig
+from rlhf_cli.recipes.config import RECIPES, RecipeConfig
 from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig, TrainConfig
 from rlhf_data.inspection import InspectConfig
+from rlhf_infer.chat import ChatConfig
+from rlhf_infer.config import GenerateConfig, ScoreConfig
+from rlhf_infer.serve.config import ServeConfig
 
 app = typer.Typer(
     name="rlhf",
@@ -30,7 +35,11 @@ app = typer.Typer(
 train = typer.Typer(help="Train a model.", no_args_is_help=True)
 data = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(train, name="train")
+recipe = typer.Typer(
+    help="Loops of writing, scoring and training, which can be killed and continued.", no_args_is_help=True
+)
 app.add_typer(data, name="data")
+app.add_typer(recipe, name="recipe")
 
 METHODS = {"sft": SFTConfig, "rm": RMConfig, "dpo": DPOConfig, "kto": KTOConfig, "kd": KDConfig}
 """Training methods, in the order in which `--help` shows them."""
@@ -63,6 +72,57 @@ def add_training(name: str, config: type[TrainConfig]) -> None:
 
 for name, config in METHODS.items():
     add_training(name, config)
+
+
+@command(app, "generate", GenerateConfig)
+def generate(config: GenerateConfig, dry_run: DryRun = False) -> None:
+    from rlhf_infer.generate import generate
+
+    generate(config, dry_run=dry_run)
+
+
+@command(app, "score", ScoreConfig)
+def score(config: ScoreConfig, dry_run: DryRun = False) -> None:
+    from rlhf_infer.score import score
+
+    from rlhf_cli.launch import launch
+
+    launch(config.parallel, partial(score, config), dry_run=dry_run)
+
+
+@command(app, "infer", InferConfig)
+def infer(config: InferConfig, dry_run: DryRun = False) -> None:
+    job, notes = job_of(config)
+    print("\n".join(notes), end="\n" * bool(notes))
+    score(job, dry_run) if isinstance(job, ScoreConfig) else generate(job, dry_run)
+
+
+def add_recipe(name: str, config: type[RecipeConfig]) -> None:
+    """`rlhf recipe NAME`."""
+
+    @command(recipe, name, config)
+    def run(config: RecipeConfig, dry_run: DryRun = False) -> None:
+        from rlhf_cli.recipes.loop import run
+
+        run(name, config, dry_run=dry_run)
+
+
+for name, config in RECIPES.items():
+    add_recipe(name, config)
+
+
+@command(app, "serve", ServeConfig)
+def serve(config: ServeConfig) -> None:
+    from rlhf_infer.serve.app import serve
+
+    serve(config)
+
+
+@command(app, "chat", ChatConfig)
+def chat(config: ChatConfig) -> None:
+    from rlhf_infer.chat import chat
+
+    chat(config)
 
 
 @command(app, "merge", MergeConfig)

@@ -8,7 +8,6 @@ Only what the user gave is collected, so that defaults, YAML and flags meet in o
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 import typing
@@ -17,28 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from rlhf_cli.errors import reported
 from rlhf_data.config import Alias
 from rlhf_data.errors import InputError
+from rlhf_data.options import build, is_group, nearest, options
 
 C = TypeVar("C", bound=BaseModel)
 RUN = "This command"
-
-
-def options(config: type[BaseModel], panel: str | None = None) -> Iterator[tuple[str, FieldInfo, str | None]]:
-    """Name, field and help panel of every option of `config`, groups flattened."""
-    for name, field in config.model_fields.items():
-        if is_group(field.annotation):
-            yield from options(field.annotation, (inspect.getdoc(field.annotation) or name).rstrip("."))
-        else:
-            yield name, field, panel
-
-
-def is_group(annotation: Any) -> bool:
-    return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
 
 
 def parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:
@@ -109,46 +96,6 @@ def show(field: FieldInfo) -> str | bool:
     return repr(default) if isinstance(default, str) and ("\n" in default or " " in default) else str(default)
 
 
-def build(config: type[C], given: dict[str, Any]) -> C:
-    """The config from flat option values, the inverse of `options`.
-
-    Raises:
-        InputError: a name is unknown, a required option is missing, or a value is not allowed; every problem is named.
-    """
-    known = {name for name, _, _ in options(config)}
-    for name in given:
-        if name not in known:
-            raise InputError(f"unknown option `{name}`{nearest(name, known)}")
-    try:
-        return config(**nest(config, given))
-    except ValidationError as error:
-        raise InputError("\n".join(problem(entry) for entry in error.errors())) from error
-
-
-def nest(config: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: nest(field.annotation, given) if is_group(field.annotation) else given[name]
-        for name, field in config.model_fields.items()
-        if is_group(field.annotation) or name in given
-    }
-
-
-def problem(entry: Any) -> str:
-    """One validation error in the user's words: option, what is wrong, value."""
-    if entry["type"] == "value_error" and len(entry["loc"]) < 2:
-        return str(entry["ctx"]["error"])
-    option = next((part for part in reversed(entry["loc"]) if isinstance(part, str) and part.islower()), "?")
-    if entry["type"] == "missing":
-        return f"--{option} is required"
-    message = str(entry["ctx"]["error"]) if entry["type"] == "value_error" else entry["msg"].replace("Input", "it", 1)
-    return message if message.startswith("--") else f"--{option}: {message}, got {entry['input']!r}"
-
-
-def nearest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
 def read_yaml(path: Path, config: type[BaseModel]) -> dict[str, Any]:
     """Flat option values from a YAML (or JSON) file; groups may be written out, as in a run's own `config.json`."""
     import yaml
@@ -207,14 +154,14 @@ def spread_lists(arguments: list[str], config: type[BaseModel]) -> list[str]:
     return spread
 
 
-def command(app: typer.Typer, name: str, config: type[C]) -> Callable[[Callable[..., None]], None]:
+def command(app: typer.Typer, name: str, config: type[C]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register the decorated function `run(config, dry_run=…)` as `name`, with one option per field of `config`."""
 
     class Command(typer.core.TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             return super().parse_args(ctx, spread_lists(args, config))
 
-    def register(run: Callable[..., None]) -> None:
+    def register(run: Callable[..., None]) -> Callable[..., None]:
         flags = [flag for name, field, _ in options(config) for flag in (name, *aliases_of(field))]
         if shared := {flag for flag in flags if flags.count(flag) > 1}:
             raise ValueError(f"two options of {config.__name__} share a flag: {', '.join(sorted(shared))}")
@@ -249,5 +196,6 @@ def command(app: typer.Typer, name: str, config: type[C]) -> Callable[[Callable[
         callback.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
         required = any(field.is_required() for _, field, _ in options(config))
         app.command(name, cls=Command, help=inspect.getdoc(config), no_args_is_help=required)(callback)
+        return run
 
     return register

@@ -149,24 +149,8 @@ class BatchConfig(Config):
     """Seed of the data order, the held-out rows, dropout and new weights."""
 
 
-class ParallelConfig(Config):
+class RanksConfig(Config):
     """Parallelism."""
-
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """What DeepSpeed ZeRO splits over the ranks: 1 optimizer states, 2 and gradients, 3 and weights."""
-
-    adam_offload: bool = False
-    """Keep the optimizer states and its step on the CPU. Needs `--zero_stage` 1 or more."""
-
-    zpg: Count = 1
-    """ZeRO++ secondary partition: ranks that share a second copy of the weights in the backward pass, usually the GPUs of
-    a node. Needs `--zero_stage 3`."""
-
-    overlap_comm: bool = False
-    """Overlap gradient reduction with the backward pass (needs some more memory)."""
-
-    grad_accum_dtype: Literal["fp32", "bf16"] | None = None
-    """Number format in which gradients add up over micro-batches; by default fp32, or bf16 for `--bf16` with `--zero_stage 0`."""
 
     num_procs: Annotated[Count | None, Alias("num_gpus")] = None
     """Ranks to start on this node: by default one per GPU, or one on a machine without."""
@@ -187,6 +171,34 @@ class ParallelConfig(Config):
     """Minutes that ranks wait for each other before the run is ended."""
 
     @model_validator(mode="after")
+    def _nodes_count_from_zero(self) -> RanksConfig:
+        if self.node_rank >= self.num_nodes:
+            raise ValueError(
+                f"--node_rank {self.node_rank} must be below --num_nodes {self.num_nodes}; nodes count from 0"
+            )
+        return self
+
+
+class ParallelConfig(RanksConfig):
+    """Parallelism."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """What DeepSpeed ZeRO splits over the ranks: 1 optimizer states, 2 and gradients, 3 and weights."""
+
+    adam_offload: bool = False
+    """Keep the optimizer states and its step on the CPU. Needs `--zero_stage` 1 or more."""
+
+    zpg: Count = 1
+    """ZeRO++ secondary partition: ranks that share a second copy of the weights in the backward pass, usually the GPUs of
+    a node. Needs `--zero_stage 3`."""
+
+    overlap_comm: bool = False
+    """Overlap gradient reduction with the backward pass (needs some more memory)."""
+
+    grad_accum_dtype: Literal["fp32", "bf16"] | None = None
+    """Number format in which gradients add up over micro-batches; by default fp32, or bf16 for `--bf16` with `--zero_stage 0`."""
+
+    @model_validator(mode="after")
     def _stages_that_can(self) -> ParallelConfig:
         if self.adam_offload and self.zero_stage == 0:
             raise ValueError("--adam_offload needs DeepSpeed's sharded optimizer: set --zero_stage 1, 2 or 3")
@@ -194,10 +206,6 @@ class ParallelConfig(Config):
             raise ValueError(f"--zpg {self.zpg} splits weights a second time, which only --zero_stage 3 does at all")
         if self.overlap_comm and self.zero_stage == 0:
             raise ValueError("--overlap_comm overlaps ZeRO's gradient reduction: set --zero_stage 1, 2 or 3")
-        if self.node_rank >= self.num_nodes:
-            raise ValueError(
-                f"--node_rank {self.node_rank} must be below --num_nodes {self.num_nodes}; nodes count from 0"
-            )
         return self
 
 

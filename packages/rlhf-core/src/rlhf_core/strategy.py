@@ -1,26 +1,21 @@
-"""Ranks, devices and DeepSpeed: everything an optimizer step needs that is not the method."""
+"""DeepSpeed: everything an optimizer step needs that is not the method."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from contextlib import redirect_stdout
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_core.config import TrainConfig
-from rlhf_core.deepspeed_config import clips_gradients, deepspeed_config, frozen_config
+from rlhf_core.deepspeed_config import clips_gradients, deepspeed_config
 from rlhf_core.libraries import deepspeed
+from rlhf_core.ranks import Ranks
 
-T = TypeVar("T")
 
-
-class Strategy:
-    """One rank's view of the run: who it is, where it computes, and how gradients become a step.
+class Strategy(Ranks):
+    """One rank's view of a training run: how gradients become a step.
 
     Args:
         config: the run's options.
@@ -28,28 +23,9 @@ class Strategy:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        self.timeout = timedelta(minutes=config.parallel.dist_timeout)
-        self._join(cuda)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        torch.manual_seed(config.batch.seed)
-
-    def _join(self, cuda: bool) -> None:
-        """Meet the other ranks. A single rank needs no address and no port."""
-        if not dist.is_initialized():
-            alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=self.timeout, **alone)
-        deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", dist_init_required=False)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
-        return self.rank == 0
+        super().__init__(
+            config.parallel, seed=config.batch.seed, bf16=config.model.bf16, zero_stage=config.parallel.zero_stage
+        )
 
     def deepspeed_config(self) -> dict[str, Any]:
         config = self.config
@@ -76,30 +52,6 @@ class Strategy:
             )
         torch.manual_seed(self.config.batch.seed + self.rank)  # dropout differs between ranks, weights did not
         return engine
-
-    def prepare_frozen(self, model: nn.Module, *, offload: bool) -> Any:
-        """Put a model that is not trained where it computes: whole on the device, or split over the ranks under ZeRO-3.
-
-        Args:
-            model: without gradients.
-            offload: keep its weights on the CPU; each layer is brought to the device when it is used.
-
-        Returns:
-            Something to call like the module.
-        """
-        if not (offload or self.config.parallel.zero_stage == 3):
-            return model.to(self.device)
-        with redirect_stdout(None):
-            engine, *_ = deepspeed().initialize(
-                model=model, config=self.frozen_config(offload), dist_init_required=False
-            )
-        engine.eval()
-        # Not the engine: it would watch what its call returns for a backward pass, and a teacher's call returns the
-        # student's loss (see `KD.objective`). What gathers the weights is in the module's own hooks.
-        return engine.module
-
-    def frozen_config(self, offload: bool) -> dict[str, Any]:
-        return frozen_config(bf16=self.config.model.bf16, world_size=self.world_size, offload=offload)
 
     def _optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
         """AdamW; norms and biases (everything with fewer than two dimensions) do not decay."""
@@ -144,42 +96,6 @@ class Strategy:
 
     def learning_rate(self, engine: Any) -> float:
         return engine.get_lr()[0]
-
-    def sum(self, values: list[float] | Tensor) -> list[float]:
-        """Add `values` up over ranks, in float64."""
-        total = torch.as_tensor(values, dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, on the first rank; nothing on the others."""
-        if self.world_size == 1:
-            return [value]
-        box: list[Any] = [None] * self.world_size
-        dist.gather_object(value, box if self.is_first else None)
-        return box if self.is_first else []
-
-    def share(self, compute: Callable[[], T]) -> T:
-        """Run `compute` on the first rank and give its (small) result to every rank."""
-        box = [compute() if self.is_first else None]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, device=torch.device("cpu"))
-        return box[0]  # type: ignore[return-value]
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-    def say(self, text: str) -> None:
-        """Print once for all ranks."""
-        if self.is_first:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        """Leave the process group, if other processes are in it: a single rank may run again in this process."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
 
 
 class Alone:

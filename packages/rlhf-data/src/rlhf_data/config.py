@@ -19,6 +19,14 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    def given(self) -> dict[str, Any]:
+        """The options that were set, groups flattened: what is not in it has its default."""
+        flat: dict[str, Any] = {}
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            flat |= value.given() if isinstance(value, Config) else {name: value}
+        return flat
+
 
 @dataclass(frozen=True)
 class Alias:
@@ -92,16 +100,7 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _template_has_one_slot(self) -> DataConfig:
-        from rlhf_data.templates import decode_escapes
-
-        if self.input_template is not None and not self.apply_chat_template:
-            if self.input_template in DISABLED:
-                object.__setattr__(self, "input_template", None)
-            elif decode_escapes(self.input_template).count("{}") != 1:
-                raise ValueError(
-                    f"--input_template must contain `{{}}` exactly once, where the prompt goes, got "
-                    f'{self.input_template!r}; give "" to switch the template off'
-                )
+        check_template(self)
         return self
 
 
@@ -230,3 +229,107 @@ class RewardDataConfig(PairDataConfig, MarginKeys):
 
 class LabelledDataConfig(PackedDataConfig, LabelKeys, ConversationDataConfig):
     """Data."""
+
+
+class InferenceDataConfig(Config):
+    """Data."""
+
+    dataset: str
+    """Data: a Hub id, `id@subset`, a local .json, .jsonl, .csv, .parquet or .arrow file, a `save_to_disk` folder or a
+    folder of such files. A comma separates several."""
+
+    dataset_probs: str | None = None
+    """Mixing probabilities, one per data set, separated by commas: rows are drawn by them until one data set runs out.
+    Without it, several data sets follow each other."""
+
+    dataset_split: str = "train"
+    """Split to read."""
+
+    max_samples: Count | None = None
+    """Most rows to read from each data set, and to keep after mixing: the first ones. Without it, all."""
+
+    input_key: str | None = None
+    """Column of the prompt (text or a list of chat messages), or of a whole conversation; by default it is found by name."""
+
+    input_template: str | None = None
+    """How a plain prompt is written out: one `{}` stands for it; backslash escapes such as \\n are decoded. Rows that
+    `rlhf generate` wrote are written out already and get no template."""
+
+    apply_chat_template: bool = False
+    """Write rows out with the tokenizer's chat template."""
+
+    tokenizer_chat_template: str | None = None
+    """Chat template (Jinja text, or the path of a file with it) to use instead of the tokenizer's own."""
+
+    strict_data: bool = False
+    """Make any row that cannot be used an error; otherwise such rows are counted and reported by reason."""
+
+    @model_validator(mode="after")
+    def _template_has_one_slot(self) -> InferenceDataConfig:
+        check_template(self)
+        return self
+
+
+class PromptDataConfig(InferenceDataConfig):
+    """Data."""
+
+    rollout_batch_size: Count = 2048
+    """Prompts of an iteration: rows `[iteration * rollout_batch_size, (iteration + 1) * rollout_batch_size)`."""
+
+    prompt_max_len: Count = 1024
+    """Longest prompt, in tokens; rows with a longer one are left out and counted."""
+
+
+class SlicedPromptDataConfig(PromptDataConfig):
+    """Data."""
+
+    iter: Annotated[int, Field(ge=0)] | None = None
+    """Use only the prompts of this iteration, counted from 0; an error past the end of the data. Without it, all prompts."""
+
+    @model_validator(mode="after")
+    def _a_slice_has_a_number(self) -> SlicedPromptDataConfig:
+        if "rollout_batch_size" in self.model_fields_set and self.iter is None:
+            raise ValueError(
+                f"--rollout_batch_size {self.rollout_batch_size} is the size of an --iter slice: give --iter too, or the first "
+                "rows with --max_samples"
+            )
+        return self
+
+
+class ResponseDataConfig(InferenceDataConfig):
+    """Data."""
+
+    row_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """Shape of the rows; `auto` recognises it from the column names and says what it found. `--input_key` and
+    `--output_key` force the columns."""
+
+    output_key: str | None = None
+    """Column of the response. Without it, the last assistant turn of a chat row is the response."""
+
+    max_len: Count = 2048
+    """Longest sample (prompt and response), in tokens; a longer one is cut at its end, marked and counted."""
+
+
+def check_template(config: DataConfig | InferenceDataConfig) -> None:
+    """Make sure that `--input_template` has one place for the prompt; the ways to switch it off become None.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    from rlhf_data.templates import decode_escapes
+
+    if config.input_template is not None and not config.apply_chat_template:
+        if config.input_template in DISABLED:
+            object.__setattr__(config, "input_template", None)
+        elif decode_escapes(config.input_template).count("{}") != 1:
+            raise ValueError(
+                f"--input_template must contain `{{}}` exactly once, where the prompt goes, got "
+                f'{config.input_template!r}; give "" to switch the template off'
+            )
+
+
+class SeedConfig(Config):
+    """Seed."""
+
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of mixing and of samples: sample k of row n is drawn with a seed made of this, n and k, whatever else is drawn."""
