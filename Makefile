@@ -27,7 +27,7 @@ test:  ## Run all tests
 isolated:  ## Run each package's tests with only its declared dependencies
 	@set -e; for package in $(PACKAGES); do \
 		echo "== $$package"; \
-		uv run --isolated --no-default-groups --package $$package --with pytest --with pytest-timeout \
+		uv run --isolated --no-default-groups --package $$package --with pytest --with pytest-timeout --with pytest-xdist \
 			pytest packages/$$package/tests; \
 	done
 

@@ -14,12 +14,17 @@ import typer
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
+from rlhf_cli.infer import InferConfig
 from rlhf_cli.main import app
 from rlhf_cli.options import RUN, markers, options
 from rlhf_cli.quickstart import QuickstartConfig
+from rlhf_cli.recipes.config import RECIPES
 from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig
 from rlhf_data.config import Alias
 from rlhf_data.inspection import InspectConfig
+from rlhf_infer.chat import ChatConfig
+from rlhf_infer.config import GenerateConfig, ScoreConfig
+from rlhf_infer.serve.config import ServeConfig
 
 PAGE = Path(__file__).with_name("cli.md")
 CONFIGS: dict[str, type[BaseModel]] = {
@@ -29,6 +34,12 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "rlhf train dpo": DPOConfig,
     "rlhf train kto": KTOConfig,
     "rlhf train kd": KDConfig,
+    "rlhf generate": GenerateConfig,
+    "rlhf score": ScoreConfig,
+    "rlhf infer": InferConfig,
+    **{f"rlhf recipe {name}": config for name, config in RECIPES.items()},
+    "rlhf serve": ServeConfig,
+    "rlhf chat": ChatConfig,
     "rlhf merge": MergeConfig,
     "rlhf data inspect": InspectConfig,
 }

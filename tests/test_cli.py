@@ -41,6 +41,7 @@ def imported_by(*arguments: str, first: str = "") -> tuple[str, list[str]]:
         *[("train", method, "--help") for method in ("sft", "rm", "dpo", "kto", "kd")],
         ("data", "inspect", "-h"),
         ("quickstart", "-h"),
+        ("chat", "-h"),
         ("--version",),
     ],
     ids=" ".join,
@@ -146,12 +147,19 @@ def test_what_is_not_given_has_the_default_of_the_config(rlhf, monkeypatch):
 
 
 def test_no_two_options_of_a_command_share_a_flag():
+    from rlhf_cli.infer import InferConfig
     from rlhf_cli.options import aliases_of, options
     from rlhf_cli.quickstart import QuickstartConfig
+    from rlhf_cli.recipes.config import RECIPES
     from rlhf_core.config import DPOConfig, KDConfig, KTOConfig, MergeConfig, RMConfig, SFTConfig
     from rlhf_data.inspection import InspectConfig
+    from rlhf_infer.chat import ChatConfig
+    from rlhf_infer.config import GenerateConfig, ScoreConfig
+    from rlhf_infer.serve.config import ServeConfig
 
-    for config in (SFTConfig, RMConfig, DPOConfig, KTOConfig, KDConfig, MergeConfig, InspectConfig, QuickstartConfig):
+    training = (SFTConfig, RMConfig, DPOConfig, KTOConfig, KDConfig, MergeConfig)
+    inference = (GenerateConfig, ScoreConfig, InferConfig, ServeConfig, ChatConfig, *RECIPES.values())
+    for config in (*training, *inference, InspectConfig, QuickstartConfig):
         flags = [flag for name, field, _ in options(config) for flag in (name, *aliases_of(field))]
         assert len(flags) == len(set(flags))
 

@@ -71,14 +71,15 @@ def test_the_result_loads_in_transformers_and_writes_in_the_manner_it_was_taught
     from rlhf_data.rows import Pair
     from rlhf_data.tokenizer import load_tokenizer
     from rlhf_infer.config import SamplingConfig
-    from rlhf_infer.engine import TransformersEngine
+    from rlhf_infer.engines.engine import answer_all
+    from rlhf_infer.engines.transformers import TransformersEngine
 
     folder, _ = gsm8k
     tokenizer = load_tokenizer(str(folder))
     encoder = Encoder(tokenizer, EncodeOptions(max_len=512, input_template=r"User: {}\nAssistant: "))
-    prompt = encoder.prompt_ids(Pair("Tom has 3 apples and buys 4 more. How many apples does he have?", ""))
+    (prompt,) = encoder.prompts([Pair("Tom has 3 apples and buys 4 more. How many apples does he have?", "")])
     engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(folder).eval(), [tokenizer.eos_token_id])
-    (written,) = engine.generate([prompt], SamplingConfig(max_new_tokens=200, greedy_sampling=True))
+    ((written,),) = answer_all(engine, [prompt.ids], SamplingConfig(max_new_tokens=200, greedy_sampling=True))
     text = tokenizer.decode(written.token_ids, skip_special_tokens=True)
     assert "<<" in text and ">>" in text, text
 

@@ -12,7 +12,7 @@ from rlhf_data.config import LabelledDataConfig, PairDataConfig, RewardDataConfi
 from rlhf_data.encode import EncodeOptions, Encoder
 from rlhf_data.errors import InputError
 from rlhf_data.preferences import PairData, prepare_labelled, prepare_pairs
-from rlhf_data.rows import Pair
+from rlhf_data.rows import Pair, RowError
 
 PAIRS = [
     {"prompt": f"where is {number}? ", "chosen": f"the mat {number}", "rejected": f"the dog {number} on it"}
@@ -69,7 +69,9 @@ def test_pairs_are_what_encoding_their_sides_gives(write, pairs, tokenizer):
             assert isinstance(encoded, list)
             assert found.input_ids.tolist() == encoded[0].input_ids.tolist()
             assert found.target_mask.tolist() == encoded[0].target_mask.tolist()
-        assert pair.shared == len(encoder.prompt_ids(Pair(row["prompt"], "x")))
+        (prompt,) = encoder.prompts([Pair(row["prompt"], "")])
+        assert not isinstance(prompt, RowError)
+        assert pair.shared == len(prompt.ids)
         assert pair.margin == 0.0
     assert decode(tokenizer, data.train[3].chosen, trained=True) == "the mat 3</s>"
     assert isinstance(data.train.samples._stores[0].ids, np.memmap)

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_data.config import LabelledDataConfig, PairDataConfig
+from rlhf_data.config import InferenceDataConfig, LabelledDataConfig, PairDataConfig
+from rlhf_data.continuation import continuation_text
+from rlhf_data.encode import EncodeOptions, Encoder
 from rlhf_data.errors import InputError
 from rlhf_data.preferences import prepare_labelled, prepare_pairs
+from rlhf_data.prompts import PromptOptions
+from rlhf_data.rows import Pair, RowError
 from rlhf_data.sft import prepare_sft
+from rlhf_data.stream import RowStream
 from rlhf_data.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared"
@@ -113,3 +118,56 @@ def test_real_labelled_rows_load(config, file):
     assert {reason: drop.count for reason, drop in data.report.sources[0].dropped.items()} == dropped
     assert "to balance them, give --desirable_loss_weight" in data.report.format()
     assert len(data.report.format().split("\n")) <= 40
+
+
+PROMPTS = {
+    "story_prompts.jsonl": ("prompt `prompt`", 853, {}),
+    "gsm8k_train.jsonl": ("prompt `question`", 7473, {}),
+    "ifeval_input_data.jsonl": ("prompt `prompt`", 541, {}),
+    "llmbar_natural.json": ("prompt `input`", 100, {}),
+    "chat_sft.jsonl": ("messages `messages`", 999, CHAT),
+    "glaive_toolcall_en_demo.json": ("messages `conversations`", 300, CHAT),
+}
+
+
+@pytest.mark.parametrize("model", ["stories260K", "TinyStories-656K"])
+@pytest.mark.parametrize("file", PROMPTS)
+def test_real_prompts_stream_as_training_puts_them_before_a_response(chat_templates, file, model):
+    tokenizer = load_tokenizer(str(SHARED / "models" / model))
+    describe, count, options = PROMPTS[file]
+    template = {"tokenizer_chat_template": chat_templates["marked"]} if options and model != "stories260K" else {}
+    stream = RowStream(InferenceDataConfig(dataset=str(SHARED / "data" / file)), PromptOptions(), 0)
+    assert stream.describe.endswith(describe)
+    assert stream.count() == count
+    rows = [row.conversation for row in stream.read(stop=200)]
+    conversations = [row for row in rows if not isinstance(row, RowError)]
+    assert len(conversations) == min(count, 200)
+    trained = [row if options else Pair(row.prompt, "yes") for row in conversations]
+    encoder = Encoder(tokenizer, EncodeOptions(100_000, **options, **template))
+    again = Encoder(tokenizer, EncodeOptions(100_000))
+    for prompt, result in zip(encoder.prompts(conversations), encoder.encode(trained), strict=True):
+        assert not isinstance(prompt, RowError)
+        assert not isinstance(result, RowError)
+        (samples,) = again.encode([Pair(prompt.text, "yes", rendered=prompt.rendered)])
+        assert not isinstance(samples, RowError)
+        for sample in (result[0], samples[0]):
+            assert sample.input_ids[: int(sample.target_mask.argmax())].tolist() == prompt.ids
+
+
+@pytest.mark.parametrize("model", ["stories260K", "TinyStories-656K"])
+def test_real_responses_come_back_from_their_ids(model):
+    tokenizer = load_tokenizer(str(SHARED / "models" / model))
+    encoder = Encoder(tokenizer, EncodeOptions(100_000))
+    rows = RowStream(InferenceDataConfig(dataset=str(SHARED / "data" / "story_pairs.jsonl")), PromptOptions(), 0)
+    pairs = [Pair(row.row["prompt"], row.row["chosen"]) for row in rows.read(stop=200)]
+    same = 0
+    for pair, samples in zip(pairs, encoder.encode(pairs), strict=True):
+        assert not isinstance(samples, RowError)
+        sample, start = samples[0], int(samples[0].target_mask.argmax())
+        ids = sample.input_ids.tolist()
+        text = continuation_text(tokenizer, ids[:start], ids[start:-1])
+        (again,) = encoder.encode([Pair(pair.prompt, text)])
+        assert not isinstance(again, RowError)
+        assert again[0].input_ids.tolist() == ids
+        same += text == pair.response
+    assert same > 180  # the tokenizer of TinyStories-656K cannot write every character

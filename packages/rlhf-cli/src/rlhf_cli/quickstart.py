@@ -1,13 +1,14 @@
 """`rlhf quickstart`: fine-tuning, a reward model and DPO in a few minutes, from nothing.
 
 Makes a tokenizer, a tiny random model and generated data; trains by the same code as `rlhf train sft`, `rm` and `dpo`; and
-shows what the model answers before and after, to questions it was never trained on.
+shows what the model answers before and after, to questions it was never trained on, and when the reward model chooses.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,12 @@ MARK = ".rlhf-quickstart"
 TEMPLATE = "Question: {}\nAnswer:"
 
 MAX_LEN = 64
+
+DRAWS = 8
+"""Answers that the reward model chooses from."""
+
+Rows = list[dict[str, str]]
+"""Questions, each with its right answer."""
 
 
 class QuickstartConfig(Config):
@@ -52,11 +59,11 @@ def quickstart(config: QuickstartConfig) -> None:
     folder = prepare_folder(Path(config.folder))
     say(f"1. A tokenizer, a model and {config.rows} questions, made from nothing, in {folder}/")
     held_out = make_inputs(folder, config)
-    before = answer(folder / "model", held_out)
+    before = most_probable(folder / "model", held_out)
 
     say(f"\n2. Fine-tuning: the same as\n\n{command('sft', folder, config)}\n")
     train(folder, config)
-    tuned = answer(folder / "sft", held_out)
+    tuned = most_probable(folder / "sft", held_out)
     say(answers_table(held_out, before, tuned))
 
     say(f"\n3. A reward model of pairs that prefer right answers with a {CHEER}\n\n{command('rm', folder, config)}\n")
@@ -64,7 +71,7 @@ def quickstart(config: QuickstartConfig) -> None:
     say(f"\n4. DPO on the same pairs\n\n{command('dpo', folder, config)}\n")
     train(folder, config, "dpo")
 
-    say(win_rates(folder, held_out, config.seed))
+    say(comparison(folder, held_out, config.seed))
     plot_losses(folder)
     say(next_steps(folder))
 
@@ -92,7 +99,7 @@ def local(path: Path) -> str:
     return str(path) if path.is_absolute() else f"./{path}"
 
 
-def make_inputs(folder: Path, config: QuickstartConfig) -> list[dict[str, str]]:
+def make_inputs(folder: Path, config: QuickstartConfig) -> Rows:
     """Write the tokenizer, the random model, the questions and the pairs; returns the held-out questions."""
     from rlhf_core.tiny import make_model, make_tokenizer
 
@@ -110,7 +117,7 @@ def make_inputs(folder: Path, config: QuickstartConfig) -> list[dict[str, str]]:
     return held_out
 
 
-def write(folder: Path, training: list[dict[str, str]], held_out: list[dict[str, str]]) -> None:
+def write(folder: Path, training: Rows, held_out: Rows) -> None:
     folder.mkdir(parents=True)
     for name, part in (("train", training), ("test", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -157,9 +164,9 @@ def quoted(value: Any) -> str:
 
 
 def train(folder: Path, config: QuickstartConfig, method: Literal["sft", "rm", "dpo"] = "sft") -> None:
-    from rlhf_cli.options import build
     from rlhf_core.config import DPOConfig, RMConfig, SFTConfig
     from rlhf_core.methods import dpo, rm, sft
+    from rlhf_data.options import build
 
     given = options(method, folder, config)
     if method == "sft":
@@ -176,45 +183,50 @@ def encoder_of(tokenizer: Any) -> Any:
     return Encoder(tokenizer, EncodeOptions(max_len=MAX_LEN, input_template=TEMPLATE))
 
 
-def answer(model_folder: Path, rows: list[dict[str, str]], **sampling: Any) -> list[str]:
-    """What the model answers, greedily unless told otherwise."""
-    from transformers import AutoModelForCausalLM
-
+def answer(model_folder: Path, rows: Rows, seed: int | None, count: int = 1) -> list[list[str]]:
+    """Answers of the model to each question: drawn at random, or without a seed the most probable one."""
     from rlhf_data.rows import Pair
     from rlhf_data.tokenizer import load_tokenizer
     from rlhf_infer.config import SamplingConfig
-    from rlhf_infer.engine import TransformersEngine
+    from rlhf_infer.engines.engine import answer_all
+    from rlhf_infer.engines.transformers import TransformersEngine, load
 
-    tokenizer = load_tokenizer(str(model_folder))
-    encoder = encoder_of(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    engine = TransformersEngine(model, [tokenizer.eos_token_id], micro_batch_size=64)
-    prompts = [encoder.prompt_ids(Pair(row["question"], "")) for row in rows]
-    written = engine.generate(prompts, SamplingConfig(max_new_tokens=8, **(sampling or {"greedy_sampling": True})))
-    return [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in written]
+    tokenizer: Any = load_tokenizer(str(model_folder))
+    prompts = [prompt.ids for prompt in encoder_of(tokenizer).prompts([Pair(row["question"], "") for row in rows])]
+    engine = TransformersEngine(load(local(model_folder)), [tokenizer.eos_token_id], micro_batch_size=64)
+    sampling = SamplingConfig(max_new_tokens=8, best_of_n=count, greedy_sampling=seed is None)
+    return [
+        [tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in some]
+        for some in answer_all(engine, prompts, sampling, seed or 0)
+    ]
 
 
-def rewards(model_folder: Path, rows: list[dict[str, str]], answers: list[str]) -> list[float]:
-    """What the reward model gives to each answer; an answer without text gets the least."""
-    import torch
+def most_probable(model_folder: Path, rows: Rows) -> list[str]:
+    """What the model answers to each question, greedily."""
+    return [given for (given,) in answer(model_folder, rows, None)]
 
-    from rlhf_core.batch import Batch
-    from rlhf_core.config import ModelConfig
-    from rlhf_core.models.load import load_reward_model
+
+def judge_of(model_folder: Path) -> Callable[[Rows, list[str]], list[float]]:
+    """A function from questions and an answer to each to the rewards of a reward model; no text gets the least."""
     from rlhf_data.rows import Pair, RowError
-    from rlhf_data.tokenizer import load_tokenizer
+    from rlhf_infer.rewards.scorer import Answer, ScorerOptions, make_scorer, tokenizer_of
 
-    model = load_reward_model(ModelConfig(pretrain=local(model_folder)))
-    pairs = [Pair(row["question"], given) for row, given in zip(rows, answers, strict=True)]
-    encoded = encoder_of(load_tokenizer(str(model_folder))).encode(pairs)
-    readable = [n for n, samples in enumerate(encoded) if not isinstance(samples, RowError)]
-    with torch.no_grad():
-        scores, _ = model("rewards", Batch.from_samples([encoded[n][0] for n in readable]))
-    given = dict(zip(readable, scores.tolist(), strict=True))
-    return [given.get(n, float("-inf")) for n in range(len(rows))]
+    options = ScorerOptions(pretrain=local(model_folder), micro_batch_size=64)
+    scorer, encoder = make_scorer(options), encoder_of(tokenizer_of(options))
+
+    def judge(rows: Rows, answers: list[str]) -> list[float]:
+        pairs = [Pair(row["question"], given) for row, given in zip(rows, answers, strict=True)]
+        samples = {n: found[0] for n, found in enumerate(encoder.encode(pairs)) if not isinstance(found, RowError)}
+        given = scorer.score(
+            [Answer(pairs[n].prompt, pairs[n].response, sample=sample) for n, sample in samples.items()]
+        )
+        rewards = dict(zip(samples, given, strict=True))
+        return [rewards.get(n, float("-inf")) for n in range(len(pairs))]
+
+    return judge
 
 
-def answers_table(rows: list[dict[str, str]], before: list[str], after: list[str]) -> str:
+def answers_table(rows: Rows, before: list[str], after: list[str]) -> str:
     """Some answers before and after, and the accuracy on all held-out questions."""
 
     def accuracy(answers: list[str]) -> float:
@@ -229,31 +241,44 @@ def answers_table(rows: list[dict[str, str]], before: list[str], after: list[str
     return "\n".join([*lines, "", f"   held-out accuracy: {accuracy(before):.0%} before, {accuracy(after):.0%} after"])
 
 
-def win_rates(folder: Path, rows: list[dict[str, str]], seed: int) -> str:
-    """Answers drawn from the model before and after DPO, against other answers drawn from it before; ties count as half."""
-    opponent = answer(folder / "sft", rows, seed=seed + 1)
-    drawn = {
-        "before DPO": answer(folder / "sft", rows, seed=seed + 2),
-        "after DPO": answer(folder / "dpo", rows, seed=seed + 2),
+def comparison(folder: Path, rows: Rows, seed: int) -> str:
+    """One answer drawn from the fine-tuned model, the best of several by the reward model, and one drawn after DPO.
+
+    Each is compared with another answer of the fine-tuned model; ties count as half.
+    """
+    judge = judge_of(folder / "rm")
+    several = answer(folder / "sft", rows, seed + 2, DRAWS)
+    ways = {
+        "one answer": [some[0] for some in several],
+        f"best of {DRAWS}": best(rows, several, judge),
+        "after DPO": [some[0] for some in answer(folder / "dpo", rows, seed + 2)],
     }
-    theirs = rewards(folder / "rm", rows, opponent)
+    theirs = judge(rows, [some[0] for some in answer(folder / "sft", rows, seed + 1)])
     lines = [
         "",
-        f"5. Answers drawn at random to {len(rows)} held-out questions, against others of the fine-tuned model",
+        f"5. Answers drawn at random to {len(rows)} held-out questions: one, the best of {DRAWS} by the reward model, and one",
+        "   after DPO; against others of the fine-tuned model",
         "",
     ]
-    for row, was, now in list(zip(rows, *drawn.values(), strict=True))[:4]:
-        lines += [f"   {row['question']}", f"      before  {was!r}", f"      after   {now!r}"]
+    for number, row in enumerate(rows[:4]):
+        lines += [f"   {row['question']}", *(f"      {way:10}  {given[number]!r}" for way, given in ways.items())]
     lines.append("")
-    for when, answers in drawn.items():
-        ours = rewards(folder / "rm", rows, answers)
-        wins = sum((one > other) + 0.5 * (one == other) for one, other in zip(ours, theirs, strict=True)) / len(rows)
-        preferred = sum(map(is_preferred, rows, answers)) / len(rows)
+    for way, given in ways.items():
+        wins = sum(
+            (ours > other) + 0.5 * (ours == other) for ours, other in zip(judge(rows, given), theirs, strict=True)
+        )
         lines.append(
-            f"   {when:10}  wins {wins:4.0%} by the reward model;  {preferred:4.0%} right with a {CHEER},"
-            f"  {sum(map(is_right, rows, answers)) / len(rows):4.0%} right"
+            f"   {way:10}  wins {wins / len(rows):4.0%} by the reward model;  "
+            f"{sum(map(is_preferred, rows, given)) / len(rows):4.0%} right with a {CHEER},"
+            f"  {sum(map(is_right, rows, given)) / len(rows):4.0%} right"
         )
     return "\n".join(lines)
+
+
+def best(rows: Rows, several: list[list[str]], judge: Callable[[Rows, list[str]], list[float]]) -> list[str]:
+    """Of as many answers to each question, the one that is judged best."""
+    rewards = iter(judge([row for row in rows for _ in several[0]], [given for some in several for given in some]))
+    return [max((next(rewards), -n, given) for n, given in enumerate(some))[2] for some in several]
 
 
 def plot_losses(folder: Path) -> None:
@@ -283,6 +308,7 @@ def next_steps(folder: Path) -> str:
    {folder}/loss.png        their loss curves
 
 Next:
+   rlhf chat --pretrain {local(folder)}/dpo --input_template {quoted(TEMPLATE)}
    rlhf data inspect --pretrain {local(folder)}/model --dataset {local(folder)}/questions --input_key question --output_key answer
    rlhf train sft --pretrain YOUR_MODEL --dataset ./YOUR.jsonl --input_key prompt --output_key response --dry_run
    rlhf train --help"""

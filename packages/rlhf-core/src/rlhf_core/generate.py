@@ -1,115 +1,309 @@
-"""The policy writing responses while it is trained: for on-policy distillation.
+"""Writing responses with a transformers model: the one loop of distillation, batch inference, chat and rollouts.
 
-Small on purpose: engines for rollouts and batch inference are in rlhf-infer.
+A `Writer` keeps a batch of responses that grow by one token per model call. One that has ended leaves the batch at once,
+and waiting ones of similar prompt length take the free places, so the batch stays full and padding small.
+
+The cache holds every token of the growing responses but the newest, aligned to the right: a row of L tokens ends in the
+last column, and what is to its left is padding that nothing attends to. So rows enter by padding or cutting columns on the
+left, and leave by index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
 
 from rlhf_core.models.attention import padded_implementation
 from rlhf_core.models.policy import Policy
-from rlhf_core.strategy import Strategy
+from rlhf_core.ranks import Ranks
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layers whose state is one key and one value per token, so that rows can be padded, cut and put together."""
 
 
-@torch.no_grad()
-def sample_responses(
-    policy: Policy,
-    prompts: Sequence[np.ndarray],
-    seeds: Sequence[Sequence[int]],
-    room: Sequence[int],
-    strategy: Strategy,
-    *,
-    eos_id: int,
-    vocabulary: int,
-    temperature: float,
-) -> list[np.ndarray]:
-    """One response to each prompt, each drawn with a seed of its own: who else is in the batch does not matter.
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is chosen from the model's logits: penalty first, then temperature, then `top_p`."""
 
-    Under ZeRO-3 every layer's call is a collective one, so every rank must call this with as many prompts.
+    greedy: bool = False
+    """Take the most probable token; temperature and `top_p` do nothing then."""
+
+    temperature: float = 1.0
+    """Divides the logits."""
+
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that has this probability."""
+
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that prompt or response already have, and multiplies negative ones. Source:
+    Keskar et al. 2019, section 4.1 (arXiv:1909.05858)."""
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """A response that is being written."""
+
+    prompt: tuple[int, ...]
+    """Ids of the prompt, at least one."""
+
+    seed: int | Sequence[int]
+    """What its tokens are drawn with, whoever else is in the batch."""
+
+    room: int
+    """Longest response, in tokens, at least 1."""
+
+    written: list[int] = field(default_factory=list)
+    """Ids so far, with the one that ended it."""
+
+    logps: list[float] = field(default_factory=list)
+    """Log-probability of each of them in nats: the model's own, before penalty, temperature and `top_p`."""
+
+    finish_reason: Literal["stop", "length"] | None = None
+    """Why it ended: a stop token, or no room; None while it is being written."""
+
+    uniforms: Any = field(init=False, repr=False)
+    """Its random numbers in [0, 1), one per token."""
+
+    seen: Tensor | None = field(init=False, repr=False, default=None)
+    """Whether each token of the vocabulary is in prompt or response, `[V]`; only kept for a repetition penalty."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt or self.room < 1:
+            raise ValueError(f"a prompt of {len(self.prompt)} tokens with room for {self.room} cannot be answered")
+        self.uniforms = np.random.default_rng(self.seed)
+
+    def __len__(self) -> int:
+        """Tokens of prompt and response so far."""
+        return len(self.prompt) + len(self.written)
+
+
+class Writer:
+    """Writes responses with a model, token by token.
 
     Args:
-        policy: the model, in evaluation mode.
-        prompts: ids of each prompt.
-        seeds: of each response.
-        room: longest response to each prompt, in tokens.
-        strategy: the ranks.
-        eos_id: the token that ends a response.
-        vocabulary: how many first tokens there are to choose from; heads are padded to more than a tokenizer has.
-        temperature: divides the logits.
-
-    Returns:
-        Ids of each response, with the EOS that ended it if one did, int32.
+        model: a causal language model of transformers in evaluation mode, with attention for padded rows.
+        sampling: how tokens are chosen.
+        stop_ids: tokens that end a response.
+        size: most responses in a model call. Models with layers that keep a running state (Mamba, linear attention) do not
+            take padded rows and write one response at a time.
+        device: where inputs go.
+        vocabulary: how many first tokens there are to choose from, by default all; heads are padded to more than a tokenizer
+            has.
     """
-    generators = [
-        torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0])) for seed in seeds
-    ]
-    written: list[list[int]] = [[] for _ in prompts]
+
+    def __init__(
+        self,
+        model: Any,
+        sampling: Sampling,
+        stop_ids: Iterable[int],
+        *,
+        size: int,
+        device: torch.device,
+        vocabulary: int | None = None,
+    ) -> None:
+        self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
+        self.device, self.vocabulary = device, vocabulary
+        self.takes_rows = takes_padded_rows(model.config)
+        self.size = size if self.takes_rows else 1
+        self.accepted = inspect.signature(model.forward).parameters
+        self.waiting: list[Draft] = []
+        self.growing: list[Draft] = []
+        self.cache: Any = None
+
+    def add(self, draft: Draft) -> None:
+        """Have a response written. It starts when there is room in the batch, after those that wait already or with them."""
+        self.waiting.append(draft)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to write."""
+        return bool(self.waiting or self.growing)
+
+    @torch.no_grad()
+    def step(self) -> list[Draft]:
+        """One model call: it starts waiting responses if a quarter of the batch is free, and else goes on with those there.
+
+        Returns:
+            The responses that have one more token; those with a `finish_reason` are finished.
+        """
+        free = self.size - len(self.growing)
+        if self.waiting and 4 * free >= self.size:
+            drafts = self._next(free)
+            logits, cache = self._begin(drafts)
+        else:
+            drafts, cache, self.growing, self.cache = self.growing, self.cache, [], None
+            logits, cache = self._call(
+                [draft.written[-1:] for draft in drafts], [len(draft) for draft in drafts], cache
+            )
+        self._append(drafts, logits)
+        self._keep(drafts, cache)
+        return drafts
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """A model call without a result, for the sake of other ranks."""
+        self._call([[0]], [1], None)
+
+    def _next(self, count: int) -> list[Draft]:
+        """Take the response that waits longest, and those with prompts of the most similar length."""
+        length = len(self.waiting[0].prompt)
+        chosen = sorted(self.waiting, key=lambda draft: abs(len(draft.prompt) - length))[:count]
+        taken = set(chosen)
+        self.waiting = [draft for draft in self.waiting if draft not in taken]
+        return chosen
+
+    def _begin(self, drafts: list[Draft]) -> tuple[Tensor, Any]:
+        """Logits for first tokens, `[N, V]`, and the prompts' cache; a prompt that several share is computed once."""
+        prompts = list(dict.fromkeys(draft.prompt for draft in drafts))
+        logits, cache = self._call(prompts, [len(prompt) for prompt in prompts], None)
+        if len(prompts) < len(drafts):
+            copies = torch.tensor([prompts.index(draft.prompt) for draft in drafts], device=self.device)
+            logits = logits[copies]
+            cache.batch_select_indices(copies)
+        if self.sampling.repetition_penalty != 1:
+            for draft in drafts:
+                draft.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=self.device)
+                draft.seen[[token for token in draft.prompt if token < logits.shape[1]]] = True
+        return logits, cache
+
+    def _call(self, new: Sequence[Sequence[int]], lengths: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+        """Logits for what follows rows of `lengths` tokens, `[N, V]`, whose last tokens are `new` and the others in the cache."""
+        width, fresh = max(lengths), max(map(len, new))
+        ids = torch.tensor([[0] * (fresh - len(tokens)) + list(tokens) for tokens in new], device=self.device)
+        places = torch.arange(width, device=self.device) - (width - torch.tensor(lengths, device=self.device))[:, None]
+        optional = {"position_ids": places[:, -fresh:].clamp(min=0), "logits_to_keep": 1}
+        out = self.model(
+            input_ids=ids,
+            attention_mask=(places >= 0).long(),
+            past_key_values=DynamicCache() if cache is None and self.takes_rows else cache,
+            use_cache=True,
+            **{name: value for name, value in optional.items() if name in self.accepted},
+        )
+        return out.logits[:, -1, : self.vocabulary], out.past_key_values
+
+    def _append(self, drafts: list[Draft], logits: Tensor) -> None:
+        """Choose a token for each of N responses from logits `[N, V]`."""
+        own, how = logits.float(), self.sampling
+        shaped = own
+        if how.repetition_penalty != 1:
+            shaped = penalised(own, torch.stack([draft.seen for draft in drafts]), how.repetition_penalty)  # type: ignore[misc]
+        if how.greedy:
+            tokens = shaped.argmax(-1)
+        else:
+            uniforms = torch.tensor([draft.uniforms.random() for draft in drafts], dtype=torch.float64)
+            tokens = drawn(nucleus(shaped / how.temperature, how.top_p), uniforms.to(self.device))
+        logps = own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(1)
+        for draft, token, logp in zip(drafts, tokens.tolist(), logps.tolist(), strict=True):
+            draft.written.append(token)
+            draft.logps.append(logp)
+            if draft.seen is not None:
+                draft.seen[token] = True
+            if token in self.stop_ids:
+                draft.finish_reason = "stop"
+            elif len(draft.written) == draft.room:
+                draft.finish_reason = "length"
+
+    def _keep(self, drafts: list[Draft], cache: Any) -> None:
+        """Let those that have not ended grow, with their rows of the cache beside the rows already there."""
+        rows = [row for row, draft in enumerate(drafts) if draft.finish_reason is None]
+        if not rows and not self.growing:
+            return
+        self.growing += [drafts[row] for row in rows]
+        if not self.takes_rows:
+            self.cache = cache
+            return
+        if len(rows) < len(drafts):
+            cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device=self.device))
+        width = max(map(len, self.growing)) - 1
+        self.cache = joined([part for part in (self.cache, cache) if part is not None], width)
+
+
+def takes_padded_rows(config: Any) -> bool:
+    """Whether several rows of different length can go through a model together, with a cache."""
+    return set(getattr(config.get_text_config(), "layer_types", None) or ATTENTION) <= ATTENTION
+
+
+def joined(caches: list[Any], width: int) -> Any:
+    """One cache with the rows of all, each padded or cut on the left to `width` columns."""
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            parts = [getattr(layer, name) for layer in layers]
+            parts = [pad(x, (0, 0, width - x.shape[2], 0)) if x.shape[2] != width else x for x in parts]
+            setattr(layers[0], name, torch.cat(parts) if len(parts) > 1 else parts[0])
+    return caches[0]
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits with those of tokens that were `seen` made smaller (for a penalty above 1); all `[N, V]`."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits with -inf outside the smallest set of tokens whose probability reaches `top_p`, `[N, V]`.
+
+    Source: Holtzman et al. 2020, section 3.1 (arXiv:1904.09751); the same set as vLLM's and transformers'.
+    """
+    if top_p >= 1:
+        return logits
+    ascending, order = logits.sort(dim=-1)
+    outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    outside[:, -1] = False
+    return logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+
+
+def drawn(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens `[N]` of the distributions of logits `[N, V]`: where their cumulative probabilities pass `uniforms`, `[N]` in [0, 1)."""
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    total = cumulative[:, -1:]
+    # a product that rounds up to the total would fall behind the last token
+    below = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, below, right=True)[:, 0]
+
+
+def write_with_policy(
+    policy: Policy,
+    drafts: Iterable[Draft],
+    sampling: Sampling,
+    ranks: Ranks,
+    *,
+    stop_ids: Iterable[int],
+    size: int,
+    vocabulary: int,
+) -> None:
+    """Write responses with a policy that is being trained, and is in evaluation mode now.
+
+    Under ZeRO-3 every layer's call is a collective one: every rank must call this, and ranks that are done make empty model
+    calls until all are.
+
+    Args:
+        policy: the model.
+        drafts: the responses, of this rank.
+        sampling: how tokens are chosen.
+        ranks: the ranks.
+        stop_ids: tokens that end a response.
+        size: most responses in a model call.
+        vocabulary: how many first tokens there are to choose from.
+    """
     with batched_attention(policy):
-        for logits in Decoding(policy, prompts, written, room, eos_id, strategy.device):
-            probabilities = (logits[:, :vocabulary].float() / temperature).softmax(-1).cpu()
-            for row, response in enumerate(written):
-                if not ended(response, room[row], eos_id):
-                    response.append(int(torch.multinomial(probabilities[row], 1, generator=generators[row])))
-            left = sum(not ended(response, room[row], eos_id) for row, response in enumerate(written))
-            if not (strategy.sum([left])[0] if policy_is_split(policy) else left):
-                break
-    return [np.array(response, np.int32) for response in written]
-
-
-def ended(response: list[int], room: int, eos_id: int) -> bool:
-    return len(response) >= room or response[-1:] == [eos_id]
+        writer = Writer(policy.base, sampling, stop_ids, size=size, device=ranks.device, vocabulary=vocabulary)
+        for draft in drafts:
+            writer.add(draft)
+        split = policy_is_split(policy)
+        while ranks.sum([writer.busy])[0] if split else writer.busy:
+            writer.step() if writer.busy else writer.idle()
 
 
 def policy_is_split(policy: Policy) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
-
-
-class Decoding:
-    """The model's logits `[N, V]` for the next token of every row, again and again; rows that have ended are carried along."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        prompts: Sequence[np.ndarray],
-        written: list[list[int]],
-        room: Sequence[int],
-        eos_id: int,
-        device: torch.device,
-    ) -> None:
-        self.model, self.written, self.room, self.eos_id, self.device = policy.base, written, room, eos_id, device
-        longest = max(map(len, prompts))
-        self.ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        self.attended = torch.zeros_like(self.ids)
-        for row, prompt in enumerate(prompts):
-            self.ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            self.attended[row, longest - len(prompt) :] = 1
-
-    def __iter__(self) -> Iterator[Tensor]:
-        ids, attended, cache = self.ids.to(self.device), self.attended.to(self.device), None
-        positions = (attended.cumsum(1) - 1).clamp(min=0)
-        while True:
-            out = self.model(
-                input_ids=ids,
-                attention_mask=attended,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            yield out.logits[:, -1]
-            cache = out.past_key_values
-            ids = torch.tensor([[response[-1]] for response in self.written], device=self.device)
-            attended = torch.cat([attended, attended.new_ones(len(ids), 1)], dim=1)
-            going = [not ended(response, self.room[row], self.eos_id) for row, response in enumerate(self.written)]
-            # a row that has ended stays where it is, within the model's context
-            positions = positions[:, -1:] + torch.tensor(going, device=self.device)[:, None]
 
 
 @contextmanager

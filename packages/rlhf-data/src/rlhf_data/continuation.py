@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_data.errors import InputError
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EncodeTexts = Callable[[list[str]], list[list[int]]]
+
+CONTEXT = 8
+"""Tokens of a prompt that are decoded with what follows, for decoders that treat the start of a text differently."""
+
+BROKEN = "\ufffd"
+"""What decoders write for bytes that are no character."""
 
 
 def piece_encoders(tokenizer: PreTrainedTokenizerBase) -> tuple[EncodeTexts, EncodeTexts]:
@@ -97,3 +103,29 @@ def _slow_encoders(tokenizer: PreTrainedTokenizerBase) -> tuple[EncodeTexts, Enc
         return ids[len(anchor) :] if anchor and ids[: len(anchor)] == anchor else encode(text)
 
     return lambda texts: [encode(text) for text in texts], lambda texts: [continue_(text) for text in texts]
+
+
+def continuation_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that ids add after a prompt: encoded as its continuation, it is these ids again.
+
+    That holds for ids as the tokenizer itself would write them; a model may spell the same text in others.
+
+    Args:
+        tokenizer: a tokenizer with an EOS token.
+        prompt_ids: what comes before.
+        ids: of a response, without the token that ended it. Where they end inside a character, the text ends in U+FFFD.
+    """
+    if not ids:
+        return ""
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    before = list(prompt_ids[-CONTEXT:])
+    start, through = decode(before), decode([*before, *ids])
+    if not start or BROKEN in start or not through.startswith(start):
+        # bytes of characters meet at a border: a token that is whole in itself keeps them apart
+        eos_id: Any = tokenizer.eos_token_id
+        before = [int(eos_id)]
+        start, through = decode(before), decode([*before, *ids])
+    return through[len(start) :]

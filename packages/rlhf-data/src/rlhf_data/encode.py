@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from rlhf_data.config import DataConfig
+from rlhf_data.config import DataConfig, ResponseDataConfig
 from rlhf_data.continuation import piece_encoders
 from rlhf_data.errors import InputError
-from rlhf_data.rows import Chat, Conversation, Pair, RowError, Text, is_whole_text
-from rlhf_data.templates import ChatTemplate, Piece, as_chat, decode_escapes, plain_pieces
+from rlhf_data.rows import Chat, Conversation, Pair, Rendered, RowError, Text, is_whole_text
+from rlhf_data.templates import NO_PROMPT, ChatTemplate, Piece, as_chat, decode_escapes, plain_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,10 @@ NEEDS_PROMPT = (
     "the rows hold whole texts, and --apply_chat_template and --input_template write out a prompt: give its column with "
     "--prompt_key, or leave them out"
 )
+TEMPLATED_TWICE = (
+    "the prompts were written out already (column `rendered`), and --apply_chat_template would write them out again: leave "
+    "it out or, where the rows have `messages`, give --input_key messages (and for responses --output_key output)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class Sample:
     Attributes:
         input_ids: int32 `[L]`.
         target_mask: bool `[L]`; True where the token is to be predicted, from those before it. Never at position 0.
-        truncated: the response was cut at `max_len` and so does not end in EOS.
+        truncated: it was cut at `max_len` and so does not end in EOS.
     """
 
     input_ids: np.ndarray
@@ -45,6 +49,21 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is asked with.
+
+    Attributes:
+        text: as it was written out, without the tokenizer's BOS.
+        ids: of the text, BOS included where there is one: what a sample without `multiturn` has before its response.
+        rendered: how the text was written out; `Pair(text, response, rendered=rendered)` is encoded to the same ids.
+    """
+
+    text: str
+    ids: list[int]
+    rendered: Rendered
 
 
 @dataclass(frozen=True)
@@ -113,20 +132,30 @@ class Encoder:
         """
         if isinstance(conversation, Chat) and self.chat is None:
             raise InputError(NEEDS_TEMPLATE)
+        if isinstance(conversation, Pair) and conversation.rendered and self.chat is not None:
+            raise InputError(TEMPLATED_TWICE)
         if is_whole_text(conversation) and (self.chat is not None or self.template is not None):
             raise InputError(NEEDS_PROMPT)
 
-    def prompt_ids(self, conversation: Pair | Chat) -> list[int]:
-        """Ids of everything before the (last) response: what a model trained on the samples is asked with.
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Prompt | RowError]:
+        """Write out and encode what comes before the responses of a block of conversations, all texts at once.
 
-        Raises:
-            InputError: chat messages without a chat template, or a chat the template cannot write.
+        Responses are ignored: they may be empty, and a chat may end before its reply.
+
+        Returns:
+            For each conversation its prompt, or the reason why it has none.
         """
-        pieces = self._pieces(conversation)
-        if isinstance(pieces, RowError):
-            raise InputError(str(pieces))
-        ids = [token for piece in next(iter(self._encode_pieces([pieces])))[:-1] for token in piece]
-        return ids if self.chat else self._with_prefix(ids)
+        written = [self._prompt(conversation) for conversation in conversations]
+        ids = iter(self._first([prompt[0] for prompt in written if not isinstance(prompt, RowError)]))
+        prompts: list[Prompt | RowError] = []
+        for prompt in written:
+            if isinstance(prompt, RowError):
+                prompts.append(prompt)
+                continue
+            text, rendered = prompt
+            begun = next(ids)
+            prompts.append(Prompt(text, begun if rendered == "chat" else self._with_prefix(begun), rendered))
+        return prompts
 
     def unwritable(self, texts: Sequence[str]) -> set[str]:
         """Characters of some texts that do not come back from their ids: the model never sees them."""
@@ -136,14 +165,34 @@ class Encoder:
     def _pieces(self, conversation: Conversation) -> list[Piece] | RowError:
         if isinstance(conversation, Text):
             return [Piece(conversation.text, True)]
-        if isinstance(conversation, Pair) and self.chat is None:
-            return plain_pieces(conversation, self.template)
+        if self._is_plain(conversation):
+            return self._plain_pieces(conversation)
         if self.chat is None:
             return RowError(NEEDS_TEMPLATE)
         try:
             return self.chat.pieces(as_chat(conversation) if isinstance(conversation, Pair) else conversation)
         except RowError as reason:
             return reason
+
+    def _prompt(self, conversation: Conversation) -> tuple[str, Rendered] | RowError:
+        """Text of a prompt, and how it was written out."""
+        if isinstance(conversation, Text) or is_whole_text(conversation):
+            return RowError(NO_PROMPT)
+        if self._is_plain(conversation):
+            return self._plain_pieces(conversation)[0].text, conversation.rendered or "text"
+        if self.chat is None:
+            return RowError(NEEDS_TEMPLATE)
+        try:
+            return self.chat.prompt(as_chat(conversation) if isinstance(conversation, Pair) else conversation), "chat"
+        except RowError as reason:
+            return reason
+
+    def _is_plain(self, conversation: Conversation) -> TypeGuard[Pair]:
+        """Whether the chat template has no part in it: there is none, or it (or another) was applied already."""
+        return isinstance(conversation, Pair) and (self.chat is None or conversation.rendered != "")
+
+    def _plain_pieces(self, pair: Pair) -> list[Piece]:
+        return plain_pieces(pair, None if pair.rendered else self.template)
 
     def _encode_pieces(self, written: list[list[Piece]]) -> Iterable[list[list[int]]]:
         """Ids of every piece of every conversation, with two calls to the tokenizer in all."""
@@ -157,17 +206,18 @@ class Encoder:
             if not ids[0]:
                 raise RowError("the text has no token")
             return self._chunks(self._with_prefix(ids[0]))
-        if self.chat is None:
-            begun = self._with_prefix(ids[0])
+        complete = conversation.complete
+        if self._is_plain(conversation):
+            begun = ids[0] if conversation.rendered == "chat" else self._with_prefix(ids[0])
             if len(ids) == 1:  # a whole text: only what the tokenizer puts before it is given
                 start = len(self.prefix)
-                return [self._sample([begun[:start], begun[start:]], [0, len(begun) - start])]
-            return [self._sample([begun, ids[1]], [0, len(ids[1])])]
+                return [self._sample([begun[:start], begun[start:]], [0, len(begun) - start], complete)]
+            return [self._sample([begun, ids[1]], [0, len(ids[1])], complete)]
         # a chat template writes BOS itself where it wants one
         targets = [
             self._up_to_eos(piece_ids) if piece.target else 0 for piece, piece_ids in zip(pieces, ids, strict=True)
         ]
-        return [self._sample([*ids[:-1], ids[-1][: targets[-1]]], targets)]
+        return [self._sample([*ids[:-1], ids[-1][: targets[-1]]], targets, complete)]
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         """Put the tokenizer's BOS first, once: an input template may have written it already."""
@@ -177,11 +227,11 @@ class Encoder:
         """How many tokens of an assistant turn are targets: all up to its first EOS (a template may add a line end)."""
         return ids.index(self.eos_id) + 1 if self.eos_id in ids else len(ids)
 
-    def _sample(self, parts: list[list[int]], targets: list[int]) -> Sample:
-        """Join parts, each with its first `targets` tokens trained, end in EOS, and cut at `max_len`."""
+    def _sample(self, parts: list[list[int]], targets: list[int], complete: bool) -> Sample:
+        """Join parts, each with its first `targets` tokens trained, end in EOS if complete, and cut at `max_len`."""
         if targets[-1] == 0:
             raise RowError("the response has no token")
-        if parts[-1][-1] != self.eos_id:
+        if complete and parts[-1][-1] != self.eos_id:
             parts, targets = [*parts[:-1], [*parts[-1], self.eos_id]], [*targets[:-1], targets[-1] + 1]
         ids = np.array([token for part in parts for token in part], np.int32)
         mask = np.zeros(len(ids), np.bool_)
@@ -222,7 +272,7 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def encode_options_of(config: DataConfig, multiturn: bool = False) -> EncodeOptions:
+def encode_options_of(config: DataConfig | ResponseDataConfig, multiturn: bool = False) -> EncodeOptions:
     """The options that decide token ids."""
     return EncodeOptions(
         max_len=config.max_len,

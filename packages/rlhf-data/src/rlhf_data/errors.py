@@ -16,3 +16,8 @@ class RunError(RuntimeError):
 
     The message says what happened and how to continue. The command line prints it and exits with code 1.
     """
+
+
+def strict_error(where: str, reason: str) -> InputError:
+    """What `--strict_data` makes of a row that cannot be used, or be used whole."""
+    return InputError(f"{where}: {reason} (--strict_data: no row may be dropped)")

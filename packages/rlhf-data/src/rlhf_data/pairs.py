@@ -9,8 +9,19 @@ import numpy as np
 
 from rlhf_data.encode import Sample
 from rlhf_data.errors import InputError
-from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError, finite_number, message_of, text_of, value_of
-from rlhf_data.shapes import RowFormat, columns_of, read_chat, read_pair, require_key
+from rlhf_data.rows import (
+    Chat,
+    Conversation,
+    Pair,
+    Row,
+    RowError,
+    finite_number,
+    is_complete,
+    message_of,
+    text_of,
+    value_of,
+)
+from rlhf_data.shapes import RowFormat, columns_of, describe_prompt, read_chat, read_pair, require_key
 
 SAME = "chosen and rejected are the same"
 SAME_ONCE_CUT = "chosen and rejected are the same once cut at --max_len"
@@ -50,7 +61,7 @@ class PairOptions:
         if prompt_key is None:
             self._check_prompts(row, where)
         shown = [
-            f"prompt `{prompt_key}`" if prompt_key else "no prompt column",
+            describe_prompt(row, prompt_key) if prompt_key else "no prompt column",
             f"chosen `{self.chosen_key}`",
             f"rejected `{self.rejected_key}`",
             *([f"margin `{self.margin_key}`"] if self.margin_key else []),
@@ -81,9 +92,9 @@ class PairOptions:
         if isinstance(value, list):
             side = read_chat(row, key)
         elif isinstance(value, dict):
-            side = Chat([message_of(value, key)])
+            side = Chat([message_of(value, key)], complete=is_complete(row, key))
         else:
-            side = Pair("", text_of(row, key))
+            side = Pair("", text_of(row, key), complete=is_complete(row, key))
         if self.same_prompt and not _has_prompt(side):
             raise NoPrompt(f"`{key}` holds no prompt before the response")
         return side

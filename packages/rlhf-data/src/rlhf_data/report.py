@@ -46,6 +46,7 @@ class SourceReport:
     dropped: dict[str, Drop] = field(default_factory=dict)
     cached: bool = False
     different_prompts: int = 0
+    unfinished: int = 0
 
     def drop(self, reason: str, where: object) -> None:
         """Count a dropped row."""
@@ -71,6 +72,8 @@ class SourceReport:
         shown += dropped_lines(self.dropped)
         if self.truncated:
             shown.append(f"  cut at --max_len: {self.truncated:,} (they do not end in EOS)")
+        if self.unfinished:
+            shown.append(f"  cut off when they were generated: {self.unfinished:,} (they do not end in EOS)")
         if self.different_prompts:
             shown.append(f"  pairs whose sides answer different prompts: {self.different_prompts:,} (for DPO, dropped)")
         if self.unwritable:

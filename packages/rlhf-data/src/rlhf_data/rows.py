@@ -5,31 +5,44 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
 """A chat message: `role` and `content` (text), and whatever else the template may use (`tool_calls`, `name`, …)."""
 
 
+Rendered = Literal["text", "chat"]
+"""How a prompt was written out: as text, so that the tokenizer's BOS still comes before it, or by a chat template, which
+writes BOS itself where it wants one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A plain prompt and its complete response; `system` comes before the prompt.
+    """A plain prompt and its response.
 
-    Without a prompt, the response is a whole text, of which nobody said where its own prompt ends.
+    Attributes:
+        prompt: without one, the response is a whole text, of which nobody said where its own prompt ends.
+        response: empty where only the prompt is known.
+        system: comes before the prompt.
+        rendered: how the prompt was written out already, so that no template is applied to it; "" if it was not.
+        complete: the response is all there; one that was cut off gets no EOS.
     """
 
     prompt: str
     response: str
     system: str = ""
+    rendered: Rendered | Literal[""] = ""
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages of one conversation, and the tools offered in it."""
+    """Messages of one conversation, the tools offered in it, and whether its last reply is complete (else: no EOS)."""
 
     messages: list[Message]
     tools: list[Any] | None = None
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,13 @@ SHAREGPT_ROLES = {
 """ShareGPT's `from` names as chat roles; a name that is not here is passed to the chat template as it is."""
 
 
+WRITTEN_OUT = ("input", "prompt")
+"""Columns that hold the prompt as it was written out, in rows marked so (`rendered`): those that generation and scoring
+write."""
+
+FINISH_REASONS = {"output": "finish_reason", "chosen": "chosen_finish_reason", "rejected": "rejected_finish_reason"}
+"""Response columns of such rows, each with the column that says `length` where the response was cut off."""
+
 LARGEST = 3.4e38
 """Numbers are stored in float32."""
 
@@ -80,6 +100,22 @@ def text_of(row: Row, key: str) -> str:
 def optional_text_of(row: Row, key: str) -> str:
     """Text of a column that may be missing, null or empty."""
     return "" if not row.get(key) else text_of(row, key)
+
+
+def marker_of(row: Row) -> Rendered | None:
+    """How the prompt of a row is marked as written out: its `rendered`, if that is exactly `text` or `chat`."""
+    marker = row.get("rendered")
+    return marker if marker == "text" or marker == "chat" else None
+
+
+def rendered_of(row: Row, prompt_key: str) -> Rendered | Literal[""]:
+    """How a prompt column was written out already, "" if it was not."""
+    return (marker_of(row) or "") if prompt_key in WRITTEN_OUT else ""
+
+
+def is_complete(row: Row, response_key: str) -> bool:
+    """Whether a response is all there: only a marked row can say that it was cut off."""
+    return marker_of(row) is None or row.get(FINISH_REASONS.get(response_key, "")) != "length"
 
 
 def messages_of(row: Row, key: str, needs_reply: bool = True) -> list[Message]:

@@ -15,9 +15,12 @@ from rlhf_data.rows import (
     Row,
     RowError,
     Text,
+    is_complete,
+    marker_of,
     message_of,
     messages_of,
     optional_text_of,
+    rendered_of,
     text_of,
     tools_of,
     value_of,
@@ -116,9 +119,8 @@ def _keyed_format(
                 + (". To train on whole texts, give --pretrain_mode" if whole_texts else "")
             )
         return RowFormat(f"messages `{key}`", (lambda row: read_chat(row, key),))
-    return RowFormat(
-        f"prompt `{prompt_key}`, response `{response_key}`", (lambda row: read_pair(row, prompt_key, response_key),)
-    )
+    shown = f"{describe_prompt(row, prompt_key)}, response `{response_key}`"
+    return RowFormat(shown, (lambda row: read_pair(row, prompt_key, response_key),))
 
 
 def _recognisers() -> dict[str, Callable[[Row], RowFormat | None]]:
@@ -129,7 +131,15 @@ def _recognisers() -> dict[str, Callable[[Row], RowFormat | None]]:
         "prompt_completion": _as_pair,
         "text": lambda row: None,
     }
-    return {"auto": lambda row: next(filter(None, (form(row) for form in forms.values())), None), **forms}
+    tried = (_as_written_out, *forms.values())
+    return {"auto": lambda row: next(filter(None, (form(row) for form in tried)), None), **forms}
+
+
+def _as_written_out(row: Row) -> RowFormat | None:
+    """Rows that generation or scoring wrote: what `messages` they have is the prompt alone."""
+    if marker_of(row) is None or "input" not in row or "output" not in row:
+        return None
+    return _keyed_format(row, "input", "output", "", whole_texts=False)
 
 
 def _as_messages(row: Row, keys: Sequence[str]) -> RowFormat | None:
@@ -161,14 +171,21 @@ def _read_alpaca(row: Row) -> Conversation:
 
 def read_chat(row: Row, key: str) -> Chat:
     """Read a whole conversation from one column."""
-    return Chat(messages_of(row, key), tools_of(row))
+    if key == "messages" and marker_of(row) is not None:
+        raise RowError("`messages` is the prompt of a generated row alone: give --output_key output beside it")
+    return Chat(messages_of(row, key), tools_of(row), is_complete(row, key))
 
 
 def read_pair(row: Row, prompt_key: str, response_key: str) -> Conversation:
-    """Read a prompt and a response, either of which may be text or chat messages (a response also a single one)."""
+    """Read a prompt and a response, either of which may be text or chat messages (a response also a single one).
+
+    A marked row says whether its prompt was written out already, and whether its response is complete.
+    """
+    complete = is_complete(row, response_key)
     prompt, response = value_of(row, prompt_key), value_of(row, response_key)
     if not isinstance(prompt, list) and not isinstance(response, list | dict):
-        return Pair(text_of(row, prompt_key), text_of(row, response_key))
+        texts = text_of(row, prompt_key), text_of(row, response_key)
+        return Pair(*texts, rendered=rendered_of(row, prompt_key), complete=complete)
     if isinstance(prompt, list):
         before = messages_of(row, prompt_key, needs_reply=False)
     else:
@@ -181,10 +198,22 @@ def read_pair(row: Row, prompt_key: str, response_key: str) -> Conversation:
         after = [{"role": "assistant", "content": text_of(row, response_key)}]
     places = [0] if after[0]["role"] == "assistant" else range(len(after))  # a system turn may come first
     if any(after[place : place + len(before)] == before for place in places):
-        return Chat(after, tools_of(row))  # the response column holds the whole conversation
+        return Chat(after, tools_of(row), complete)  # the response column holds the whole conversation
     if before[-1]["role"] == "user" == after[0]["role"]:
         raise RowError(f"`{response_key}` begins with a user turn that is not `{prompt_key}`")
-    return Chat(before + after, tools_of(row))
+    return Chat(before + after, tools_of(row), complete)
+
+
+def describe_prompt(row: Row, key: str) -> str:
+    """A prompt column, for people."""
+    return f"prompt `{key}`{' (written out already)' if rendered_of(row, key) else ''}"
+
+
+def read_prompt(row: Row, key: str) -> Conversation:
+    """Read a prompt without its response: text, or chat messages (which may end in a reply)."""
+    if isinstance(value_of(row, key), list):
+        return Chat(messages_of(row, key, needs_reply=False), tools_of(row))
+    return Pair(text_of(row, key), "", rendered=rendered_of(row, key))
 
 
 def columns_of(row: Row) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from rlhf_data.encode import Sample
 from rlhf_data.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every key. Raise it when the files, or the ids that the same options give, change."""
 
 COLUMNS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,12 @@ from rlhf_data.rows import Chat, Message, Pair, RowError, encodable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NO_PROMPT = "nothing comes before the response"
+UNMARKED = "the chat template marks no assistant text ({% generation %})"
+
+PROBE: Message = {"role": "assistant", "content": "x"}
+"""A reply, to see what a template writes before one."""
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
@@ -60,13 +67,10 @@ def read_chat_template(value: str) -> str:
 
 
 def as_chat(pair: Pair) -> Chat:
-    """A plain prompt and response as chat messages."""
-    system: list[Message] = [{"role": "system", "content": pair.system}] if pair.system else []
-    turns: list[Message] = [
-        {"role": "user", "content": pair.prompt},
-        {"role": "assistant", "content": pair.response},
-    ]
-    return Chat(system + turns)
+    """A plain prompt and its response, if it has one, as chat messages."""
+    turns = [("system", pair.system), ("user", pair.prompt), ("assistant", pair.response)]
+    messages: list[Message] = [{"role": role, "content": content} for role, content in turns if content]
+    return Chat(messages, complete=pair.complete)
 
 
 class ChatTemplate:
@@ -86,6 +90,7 @@ class ChatTemplate:
         self._multiturn = multiturn
         self._special_tokens = special_tokens
         self._render_jinja: Callable[..., Any] = render_jinja_template
+        self._has_prompt = "add_generation_prompt" in text
         self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
         try:
             render_jinja_template([], chat_template=text)  # compiles it, and renders nothing
@@ -107,25 +112,54 @@ class ChatTemplate:
     def pieces(self, chat: Chat) -> list[Piece]:
         """Write out a chat up to its last assistant turn; pieces alternate between context and assistant text.
 
+        What the template writes after a reply that is not complete is left out.
+
         Raises:
             RowError: the template refuses the messages, or they cannot be cut.
         """
         replies = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if not replies:
             raise RowError("no assistant turn")
-        chat = Chat(chat.messages[: replies[-1] + 1], chat.tools)
+        chat = replace(chat, messages=chat.messages[: replies[-1] + 1])
         text, marked = self._render(chat, len(chat.messages))
         spans = self._marked_spans(chat, marked) if self._has_marks else self._spans_by_growing(chat, text, replies)
-        return _cut(text, spans)
+        pieces = _cut(text, spans)
+        return pieces if chat.complete else [*pieces[:-1], _unfinished(pieces[-1], chat.messages[-1])]
+
+    def prompt(self, chat: Chat) -> str:
+        """Write out what a reply is asked for with: all messages (but a reply at their end), and the reply's beginning.
+
+        Raises:
+            RowError: there is no message before the reply, or the template refuses the messages.
+        """
+        answered = bool(chat.messages) and chat.messages[-1]["role"] == "assistant"
+        count = len(chat.messages) - answered
+        if not count:
+            raise RowError(NO_PROMPT)
+        if self._has_marks and not self._has_prompt:
+            return self._before_marks(replace(chat, messages=[*chat.messages[:count], PROBE]))
+        return self._render(chat, count, add_generation_prompt=True)[0]
+
+    def _before_marks(self, chat: Chat) -> str:
+        """What comes before the marked text of the last message."""
+        text, marked = self._render(chat, len(chat.messages))
+        spans = self._last_spans(chat, marked)
+        return text[: spans[0][0]]
 
     def _marked_spans(self, chat: Chat, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Character spans of the template's `{% generation %}` blocks."""
-        if not self._multiturn and len(chat.messages) > 1:  # a turn may hold several blocks: the last one's are new
-            _, earlier = self._render(chat, len(chat.messages) - 1)
-            marked = marked[len(earlier) :]
+        if not self._multiturn:
+            return self._last_spans(chat, marked)
         if not marked:
-            raise RowError("the chat template marks no assistant text ({% generation %})")
+            raise RowError(UNMARKED)
         return marked
+
+    def _last_spans(self, chat: Chat, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of the last message, which may hold several blocks: they are the ones that its rendering adds."""
+        earlier = self._render(chat, len(chat.messages) - 1)[1] if len(chat.messages) > 1 else []
+        if len(marked) <= len(earlier):
+            raise RowError(UNMARKED)
+        return marked[len(earlier) :]
 
     def _spans_by_growing(self, chat: Chat, text: str, replies: list[int]) -> list[tuple[int, int]]:
         """Character spans found by rendering up to each reply: without it (its prompt), and with it."""
@@ -157,6 +191,15 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RowError(f"the chat template refuses the messages ({error})") from None
         return encodable(texts[0], "the rendered chat"), spans[0] if spans else []
+
+
+def _unfinished(piece: Piece, reply: Message) -> Piece:
+    """A reply up to its last character, without what the template closes it with."""
+    content = reply["content"] if reply["content"] in piece.text else reply["content"].strip()  # templates may strip it
+    start = piece.text.find(content)
+    if start < 0:
+        raise RowError("the chat template rewrites a reply that was cut off, so its end cannot be located")
+    return Piece(piece.text[: start + len(content)], piece.target)
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[Piece]:

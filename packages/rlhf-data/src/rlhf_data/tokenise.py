@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_data.continuation import backend_json
 from rlhf_data.encode import EncodeOptions, Encoder, Sample
-from rlhf_data.errors import InputError
+from rlhf_data.errors import InputError, strict_error
 from rlhf_data.pairs import OTHER_PROMPTS, SAME, PairOptions, compare
 from rlhf_data.readers import Place, Rows
 from rlhf_data.report import SourceReport
-from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError, is_whole_text
+from rlhf_data.rows import Chat, Conversation, Pair, Row, RowError, Text, is_whole_text
 from rlhf_data.shapes import RowFormat, RowOptions
 from rlhf_data.sources import Source
 from rlhf_data.store import RowSamples, StoreWriter, TokenStore, open_store, store_key
@@ -66,7 +66,7 @@ class Tokeniser:
         report.cached = cached
         if self.strict and report.dropped:
             reason, drop = next(iter(report.dropped.items()))
-            raise _strict_error(drop.first, reason)
+            raise strict_error(drop.first, reason)
         return store, report
 
     @cached_property
@@ -154,6 +154,10 @@ class _Filling:
                 kept.append(self._join(row, list(islice(results, len(row.conversations))), same_prompt))
             except RowError as reason:
                 self._drop(reason, row.place)
+                continue
+            self.report.unfinished += sum(
+                not isinstance(conversation, Text) and not conversation.complete for conversation in row.conversations
+            )
         samples = [sample for row in kept for sample in row.samples]
         self.report.rows_kept += len(kept)
         self.report.samples += len(samples)
@@ -180,7 +184,7 @@ class _Filling:
 
     def _drop(self, reason: RowError, place: Place) -> None:
         if self.options.strict:
-            raise _strict_error(str(place), str(reason))
+            raise strict_error(str(place), str(reason))
         self.report.drop(str(reason), place)
 
     def _with_bar(self, rows: Rows) -> Iterator[tuple[Place, Row]]:
@@ -206,7 +210,3 @@ def _trained_texts(conversations: list[Conversation]) -> list[str]:
         else:
             texts.append(conversation.response if isinstance(conversation, Pair) else conversation.text)
     return texts
-
-
-def _strict_error(where: str, reason: str) -> InputError:
-    return InputError(f"{where}: {reason} (--strict_data: no row may be dropped)")

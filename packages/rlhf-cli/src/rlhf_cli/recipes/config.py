@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf_core.config import (
     BatchConfig,
     CheckpointConfig,
+    Folder,
     LoggingConfig,
     LoraConfig,
     ModelConfig,
@@ -22,14 +23,14 @@ from rlhf_core.config import (
     PreferenceOptimConfig,
     ReferenceConfig,
 )
-from rlhf_data.config import Config, Count, PromptDataConfig, ResponseDataConfig
-from rlhf_infer.config import ConditioningConfig, EngineConfig, SamplingConfig
+from rlhf_data.config import Config, Count, PromptDataConfig, ResponseDataConfig, whole_number
+from rlhf_infer.config import ConditioningConfig, EngineConfig, EngineName, SamplingConfig
 
 
 class ScorerConfig(Config):
     """Rewards."""
 
-    reward_pretrain: str
+    reward_pretrain: Folder
     """Reward model: a folder in Hugging Face format, a Hub id, or a Python reward function (`my_rewards.py`,
     `my_rewards.py:function` or `module:function`)."""
 
@@ -42,6 +43,9 @@ class ScorerConfig(Config):
 
     calibrate: bool = False
     """Take mean and deviation for `--normalize_reward` from the rewards of this data."""
+
+    reward_engine: EngineName = "transformers"
+    """What computes rewards: `transformers` without padding, on `--num_procs` ranks, or `vllm`'s reward runner."""
 
     reward_zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """3 splits the reward model over the ranks."""
@@ -63,11 +67,36 @@ class LoopConfig(ScorerConfig):
     """Keep the model of every iteration; otherwise the one before is removed when the next is complete."""
 
 
-class PackedConfig(Config):
-    """Packing."""
+class SeveralResponsesConfig(SamplingConfig):
+    """Sampling."""
+
+    best_of_n: Annotated[int, BeforeValidator(whole_number), Field(ge=2)] = 4
+    """Responses per prompt, of which the best (and the worst) is trained on."""
+
+
+class TrainingRowsConfig(Config):
+    """Training."""
 
     packing_samples: bool = False
     """Lay samples end to end instead of padding them while training."""
+
+    eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the training rows held out for evaluation; 0 for no evaluation."""
+
+
+class SavingConfig(CheckpointConfig):
+    """Saving."""
+
+    save_path: Folder = "./ckpt"
+    """Folder of the recipe: `model` is the newest complete model, `report.md` and `report.png` say how it went, and
+    `iterations` holds the options, the output and the log of every step."""
+
+    ckpt_path: Folder | None = None
+    """Folder of the checkpoints of training, with a folder for each iteration; by default beside the model that is trained.
+    They are removed when the iteration is complete."""
+
+    load_checkpoint: bool = False
+    """For scripts that give it: the same command always goes on where it stopped, also without."""
 
 
 class RecipeConfig(Config):
@@ -78,9 +107,9 @@ class RecipeConfig(Config):
     batch: BatchConfig = OneEpochBatchConfig()
     lora: LoraConfig = LoraConfig()
     parallel: ParallelConfig = ParallelConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: SavingConfig = SavingConfig()
     logging: LoggingConfig = LoggingConfig()
-    packing: PackedConfig = PackedConfig()
+    rows: TrainingRowsConfig = TrainingRowsConfig()
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
 
@@ -100,6 +129,7 @@ class RejectionSamplingConfig(RecipeConfig):
     recipe: LoopConfig
     data: PromptDataConfig
     batch: OneEpochBatchConfig = OneEpochBatchConfig()
+    sampling: SeveralResponsesConfig = SeveralResponsesConfig()
 
     top_fraction: Annotated[float | None, Field(gt=0, le=1)] = None
     """RAFT: keep only the prompts with the best responses, this share of them."""
@@ -111,6 +141,7 @@ class IterativeDPOConfig(RecipeConfig):
     recipe: LoopConfig
     data: PromptDataConfig
     batch: OneEpochBatchConfig = OneEpochBatchConfig()
+    sampling: SeveralResponsesConfig = SeveralResponsesConfig()
     optim: PreferenceOptimConfig = PreferenceOptimConfig()
     preference: PreferenceConfig = PreferenceConfig()
     reference: ReferenceConfig = ReferenceConfig()

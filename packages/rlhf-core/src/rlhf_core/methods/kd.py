@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_core.batch import Batch
 from rlhf_core.cache import Cached, Rows, precompute
 from rlhf_core.config import KDConfig
-from rlhf_core.generate import sample_responses
+from rlhf_core.generate import Draft, Sampling, write_with_policy
 from rlhf_core.method import Frozen, InMemory, Method, Window
 from rlhf_core.methods.terms import balanced, is_training, perplexity, prompt_length, token_budget
 from rlhf_core.metrics import Sums
@@ -97,26 +97,27 @@ class KD(Method):
         config, strategy = self.config, run.strategy
         prompts = [sample.input_ids[: prompt_length(sample)] for sample in samples]
         longest = self.options.generate_max_len or OWN_LENGTH
-        room = [min(longest, config.data.max_len - len(prompt)) for prompt in prompts]
         each = -(-len(prompts) // strategy.world_size)
-        mine = [n % len(prompts) for n in range(strategy.rank * each, (strategy.rank + 1) * each)]
-        written: list[np.ndarray] = []
-        engine.eval()
-        size = config.batch.micro_train_batch_size
-        for start in range(0, each, size):
-            part = mine[start : start + size]
-            written += sample_responses(
-                engine.module,
-                [prompts[n] for n in part],
-                [[config.batch.seed, run.position.step, int(places[n])] for n in part],
-                [room[n] for n in part],
-                strategy,
-                eos_id=self.eos_id,
-                vocabulary=self.vocabulary,
-                temperature=self.options.on_policy_temperature or 1.0,
+        drafts = [
+            Draft(
+                tuple(prompts[n].tolist()),
+                [config.batch.seed, run.position.step, int(places[n])],
+                min(longest, config.data.max_len - len(prompts[n])),
             )
+            for n in (m % len(prompts) for m in range(strategy.rank * each, (strategy.rank + 1) * each))
+        ]
+        engine.eval()
+        write_with_policy(
+            engine.module,
+            drafts,
+            Sampling(temperature=self.options.on_policy_temperature or 1.0),
+            strategy,
+            stop_ids=[self.eos_id],
+            size=config.batch.micro_train_batch_size,
+            vocabulary=self.vocabulary,
+        )
         engine.train()
-        parts = strategy.gather(written)
+        parts = strategy.gather([np.array(draft.written, np.int32) for draft in drafts])
         responses = strategy.share(lambda: [response for part in parts for response in part])[: len(prompts)]
         return [own_sample(prompt, response, self.eos_id) for prompt, response in zip(prompts, responses, strict=True)]
 

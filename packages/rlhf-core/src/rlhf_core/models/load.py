@@ -7,12 +7,15 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config import LoraConfig, ModelConfig
-from rlhf_core.models.attention import padded_implementation
+from rlhf_core.models.attention import padded_implementation, ragged_implementation
 from rlhf_core.models.reward import HEAD, RewardHead, RewardModel, find_head, initialise_head
 from rlhf_data.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 PRETRAIN = "--pretrain"
 
@@ -195,16 +198,44 @@ def auto_class(head: RewardHead | None) -> Any:
     return AutoModelForSequenceClassification if head else AutoModelForCausalLM
 
 
-def load_reward_model(model: ModelConfig, prefix: str | None = None, option: str = "--reward_pretrain") -> RewardModel:
+def load_reward_model(
+    model: ModelConfig,
+    prefix: str | None = None,
+    option: str = "--reward_pretrain",
+    *,
+    device: torch.device | None = None,
+    deepspeed: dict[str, Any] | None = None,
+) -> RewardModel:
     """A reward model ready to score, on the CPU; without a head there is nothing to load.
 
     Args:
-        model: which model.
+        model: which model. With `flash_attn` samples are laid end to end, and a prefix that several share may be laid once;
+            otherwise they are padded.
         prefix: `--value_head_prefix`, the head's name; by default it is found by looking.
         option: the option that named the model, for errors.
+        device: where it will compute; by default the CPU.
+        deepspeed: the DeepSpeed configuration when its ZeRO stage is 3, so that weights are split while loading.
 
     Raises:
         InputError: the folder is broken, or holds no reward model.
+    """
+    import torch
+
+    config, head = reward_model_config(model, prefix, option)
+    if model.flash_attn:
+        dtype = torch.bfloat16 if model.bf16 else torch.float32
+        attention, _ = ragged_implementation(device or torch.device("cpu"), dtype, share_prefix=True)
+    else:
+        attention = padded_implementation(config.get_text_config())
+    loaded = load_model(model, None, attn_implementation=attention, deepspeed=deepspeed, option=option, head=head)
+    return RewardModel(loaded, ragged=model.flash_attn).eval()
+
+
+def reward_model_config(model: ModelConfig, prefix: str | None, option: str) -> tuple[Any, RewardHead]:
+    """The architecture of a reward model and where its head is, without its weights.
+
+    Raises:
+        InputError: as `load_reward_model`.
     """
     config = load_model_config(model, option)
     found = find_head(model.pretrain, prefix, option)
@@ -213,11 +244,7 @@ def load_reward_model(model: ModelConfig, prefix: str | None = None, option: str
             f"{option} {model.pretrain} has no reward head: it is a language model, not a reward model; train one with "
             "`rlhf train rm`"
         )
-    head = RewardHead(found, pad_token_id=config.get_text_config().pad_token_id)
-    attention = padded_implementation(config.get_text_config())
-    return RewardModel(
-        load_model(model, None, attn_implementation=attention, option=option, head=head), ragged=False
-    ).eval()
+    return config, RewardHead(found, pad_token_id=config.get_text_config().pad_token_id)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_core.config import Folder
 from rlhf_data.config import Config, Count
@@ -39,14 +39,15 @@ class ServedModelConfig(Config):
 class LimitsConfig(Config):
     """Limits."""
 
-    max_len: Count = 2048
-    """Longest sample, in tokens; a longer one is refused unless `--truncate`."""
+    max_len: Count | None = None
+    """Longest sample, in tokens; a longer one is refused unless `--truncate`. By default 2048, or the model's context if
+    that is shorter."""
 
     truncate: bool = False
     """Cut samples at `--max_len` instead of refusing them."""
 
     batch_size: Count = 16
-    """Samples in a forward pass, of as many requests as are waiting."""
+    """Most samples in a forward pass (or in a call of a Python function), of as many requests as are waiting."""
 
     max_queries: Count = 1024
     """Most samples in one request."""
@@ -58,7 +59,16 @@ class LimitsConfig(Config):
     """Most samples that may wait; further requests are answered with 503 until there is room."""
 
     request_timeout: Annotated[float, Field(gt=0)] = 60
-    """Seconds after which a request that is still waiting is answered with 504."""
+    """Seconds after which a request without all its rewards is answered with 504. A body must be there in as many."""
+
+    @model_validator(mode="after")
+    def _a_full_request_may_wait(self) -> LimitsConfig:
+        if self.max_queries > self.max_waiting:
+            raise ValueError(
+                f"--max_queries {self.max_queries} samples may come in one request, but only --max_waiting "
+                f"{self.max_waiting} may wait: it could never be answered; raise --max_waiting or lower --max_queries"
+            )
+        return self
 
 
 class AddressConfig(Config):

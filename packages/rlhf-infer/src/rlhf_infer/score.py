@@ -1,0 +1,510 @@
+"""Score the responses of a data set, and make training data of the rewards.
+
+Everything is checked first. Every row comes out once, in order, with its reward or with the reason why it has none, and a
+run that was killed goes on where it stopped. What is made of the rewards is made from the scored rows when all of them are
+there, so another `--post_processor` scores nothing again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from rlhf_data.encode import Encoder, encode_options_of
+from rlhf_data.errors import InputError, RunError
+from rlhf_data.options import build
+from rlhf_data.rows import Chat, Pair, RowError, marker_of
+from rlhf_data.stream import RowStream
+from rlhf_infer.config import ScoreConfig
+from rlhf_infer.generate import as_json, check_apart
+from rlhf_infer.output import JobOutput, beside, model_identity
+from rlhf_infer.rewards.figures import ScoreSummary, calibration_of, figures_of, normalised
+from rlhf_infer.rewards.responses import (
+    Item,
+    ResponseOptions,
+    Responses,
+    identity_of,
+    prompt_messages,
+    source_columns,
+    tokens_of,
+)
+from rlhf_infer.rewards.scorer import (
+    Answer,
+    Judgement,
+    Scorer,
+    ScorerOptions,
+    check_scorer,
+    is_function,
+    make_scorer,
+    tokenizer_of,
+)
+
+if TYPE_CHECKING:
+    from rlhf_core.ranks import Ranks
+
+LOOK_AHEAD = 32
+"""Forward passes whose samples are read together, to find those of equal lengths and prompts; what a kill loses at most."""
+
+PATIENCE = 2.0
+"""Seconds that the plan waits for the rows to be counted; large files are counted while the model is loaded."""
+
+OWN = ("row", "sample", "input", "output", "rendered", "messages", "tools", "finish_reason", "reward", "raw_reward",
+       "response_tokens", "truncated", "dropped", "source")  # fmt: skip
+"""Keys of a scored row that a reward function cannot write."""
+
+AGAIN = ("output_ids", "reward", "raw_reward", "response_tokens", "truncated", "dropped")
+"""Keys of a generated or scored row that scoring does not take over."""
+
+
+def score(
+    config: ScoreConfig | None = None, *, dry_run: bool = False, world_size: int = 1, **options: Any
+) -> ScoreSummary | None:
+    """Score the responses of a data set into a JSON lines file, and make training data of them.
+
+    Args:
+        config: what to do; or give its options by name, `score(pretrain=…, dataset=…, output_path=…)`.
+        dry_run: check everything, print the plan, and stop before any weight is loaded.
+        world_size: how many ranks there are, each of which calls this.
+        **options: of `ScoreConfig`, without a config.
+
+    Returns:
+        What was written; nothing for a dry run, and on all ranks but the first.
+
+    Raises:
+        InputError: something that was given cannot be used; found before any weight is loaded.
+        RunError: the run cannot go on; what is finished is kept, and the same call goes on from there.
+    """
+    if config is None:
+        config = build(ScoreConfig, options)
+    elif options:
+        raise InputError(f"give either a config or options, not both: {', '.join(options)}")
+    world_size = max(world_size, int(os.environ.get("WORLD_SIZE", "1")))
+    check_parallel(config)
+    if dry_run:
+        print(Job(config, world_size).plan(), flush=True)
+        return None
+    if not is_shared(config, world_size):
+        return run(config, None, world_size) if int(os.environ.get("RANK", "0")) == 0 else None
+    from rlhf_core.ranks import Ranks
+
+    ranks = Ranks(
+        config.parallel, seed=config.randomness.seed, bf16=config.model.bf16, zero_stage=config.parallel.zero_stage
+    )
+    if ranks.is_first:
+        summary = run(config, ranks, world_size)
+        ranks.close()
+        return summary
+    if ranks.share(lambda: None):
+        make_model_scorer(config, ranks).follow()
+    ranks.close()
+    return None
+
+
+def run(config: ScoreConfig, ranks: Ranks | None, world_size: int) -> ScoreSummary:
+    """The job, on the first rank: other ranks hear whether they are needed, and then serve its scorer."""
+    job = Job(config, world_size)
+    print(job.plan(), flush=True)
+
+    def scorer() -> Scorer:
+        if ranks:
+            ranks.share(lambda: True)
+            return make_model_scorer(config, ranks)
+        return make_scorer(scorer_options(config))
+
+    summary = job.run(scorer)
+    if ranks and not job.scored_now:
+        ranks.share(lambda: False)
+    print(summary.format(), flush=True)
+    return summary
+
+
+def is_shared(config: ScoreConfig, world_size: int) -> bool:
+    """Whether ranks share the work: a function, and vLLM, are run by the first one alone."""
+    if is_function(config.model.pretrain) or config.reward.reward_engine == "vllm":
+        return False
+    return world_size > 1 or config.parallel.zero_stage == 3
+
+
+def check_parallel(config: ScoreConfig) -> None:
+    """Refuse options about ranks where there are none."""
+    if is_function(config.model.pretrain):
+        what = f"--pretrain {config.model.pretrain} is a Python function, which runs in one process"
+    elif config.reward.reward_engine == "vllm":
+        what = "--reward_engine vllm runs in one process"
+    else:
+        return
+    parallel = config.parallel
+    asked = {"num_procs": parallel.num_procs, "num_nodes": parallel.num_nodes, "zero_stage": parallel.zero_stage or 1}
+    for name, value in asked.items():
+        if (value or 1) > 1:
+            raise InputError(f"--{name} {getattr(parallel, name)}: {what}; leave it out")
+
+
+def scorer_options(config: ScoreConfig) -> ScorerOptions:
+    """How rewards are computed. They are normalised when they are written, not by the scorer."""
+    return ScorerOptions(
+        pretrain=config.model.pretrain,
+        reward_engine=config.reward.reward_engine,
+        value_head_prefix=config.reward.value_head_prefix,
+        bf16=config.model.bf16,
+        flash_attn=config.reward.flash_attn,
+        micro_batch_size=config.model.micro_batch_size,
+        trust_remote_code=config.model.trust_remote_code,
+        max_len=None if is_function(config.model.pretrain) else config.data.max_len,
+    )
+
+
+def make_model_scorer(config: ScoreConfig, ranks: Ranks) -> Any:
+    """The scorer of several ranks: loading its weights is something that they do together."""
+    from rlhf_infer.rewards.model import ModelScorer
+
+    return ModelScorer(scorer_options(config), ranks)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast rows were scored, as `ScoreSummary` names it."""
+
+    seconds: float
+    rows_per_second: float
+    tokens_per_second: float
+
+
+class Job:
+    """A scoring job, checked.
+
+    Args:
+        config: its options.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: something that was given cannot be used.
+    """
+
+    def __init__(self, config: ScoreConfig, world_size: int) -> None:
+        self.config, self.world_size = config, world_size
+        self.by_function = is_function(config.model.pretrain)
+        self.path = Path(config.output.output_path)
+        check_apart(self.path, config.data.dataset)
+        check_scorer(scorer_options(config))
+        tokenizer = self._check_function() if self.by_function else self._check_model()
+        data = config.data
+        rows = ResponseOptions(data.row_format, data.input_key, data.output_key)
+        self.stream = RowStream(data, rows, config.randomness.seed)
+        options = replace(encode_options_of(data), max_len=self.max_len)
+        encoder = Encoder(tokenizer, options) if tokenizer else None
+        self.has_chat_template = bool(encoder and encoder.chat)
+        self.responses = Responses(self.stream, data, encoder)
+        first = next(self.stream.read(0, 1)).conversation
+        if encoder and not isinstance(first, RowError):
+            encoder.check(first)
+        self.outputs = self._outputs()
+        self.left = not (self.outputs[-1].finished or self.outputs[0].finished) and self.responses.check(
+            self.outputs[0].done
+        )
+        self.scored_now = False
+        self._total: int | None = None
+        self._counting = Thread(target=self._count, daemon=True)
+        self._counting.start()
+
+    def plan(self) -> str:
+        """What the job will do, for people."""
+        config, first, last = self.config, self.outputs[0], self.outputs[-1]
+        self._counting.join(PATIENCE)
+        counted = "rows are being counted" if self._total is None else f"{self._total:,} rows"
+        lines = {"data": f"{self.stream.describe}; {counted}", "rewards": self._describe()}
+        if config.reward.normalize_reward:
+            lines["normalise"] = "with the statistics of " + (
+                "these rewards" if config.reward.calibrate else "the model"
+            )
+        if config.processor.post_processor:
+            lines["then"] = f"--post_processor {config.processor.post_processor} of {self.outputs[-2].path}"
+        lines["output"] = str(last.path)
+        if last.finished:
+            lines["output"] += ": finished already by this very command, nothing is left to do"
+        elif first.finished:
+            lines["rewards"] += ": all computed by an earlier run"
+        elif first.done:
+            lines["rewards"] += f": an earlier run scored {first.done:,} rows, this one goes on behind them"
+        return "\n".join(f"{name + ':':<10} {text}" for name, text in lines.items())
+
+    def run(self, make: Callable[[], Scorer]) -> ScoreSummary:
+        """Write what is missing.
+
+        Args:
+            make: makes the scorer; not called where nothing is left to score.
+        """
+        *_, last = self.outputs
+        with ExitStack() as locks:
+            for output in reversed(self.outputs):
+                locks.enter_context(output)
+            if last.finished:
+                return ScoreSummary(**last.summary)
+            scored, *further = self.outputs
+            pace = self._score(scored, make)
+            dropped = scored.summary["dropped"] if scored.finished else scored.dropped
+            calibration = self.calibration
+            if self.config.reward.calibrate:
+                raw, scored = scored, further.pop(0)
+                calibration = calibration_of(raw.rows())
+                finish_early(raw, dropped)
+                if not scored.finished:
+                    fill(scored, (normalised(row, calibration) for row in raw.rows()))
+            figures = figures_of(scored.rows())
+            processed = None
+            if further:
+                finish_early(scored, dropped)
+                processed = self._process(scored, last)
+            summary = ScoreSummary(
+                dropped=dropped, calibration=calibration, processed=processed, **figures, **asdict(pace)
+            )
+            last.finish(asdict(summary))
+        return summary
+
+    def _score(self, output: JobOutput, make: Callable[[], Scorer]) -> Pace:
+        """Score the rows that are left.
+
+        Returns:
+            How fast that went.
+        """
+        rows = tokens = 0
+        seconds = 0.0
+        if not output.finished:
+            scorer = make() if self.left else None
+            self.scored_now = scorer is not None
+            start = time.perf_counter()
+            with Progress(output.done, lambda: self._total) as progress:
+                for window in self.responses.windows(self._window, output.done):
+                    self._append(output, window, scorer)
+                    computed = sum(tokens_of(item) for item in window)
+                    rows, tokens = rows + len(window), tokens + computed
+                    progress.advance(len(window), computed)
+            seconds = time.perf_counter() - start
+            if scorer:
+                scorer.close()
+        per_second = 1 / seconds if seconds else 0.0
+        return Pace(seconds, rows * per_second, tokens * per_second)
+
+    def _append(self, output: JobOutput, window: list[Item], scorer: Scorer | None) -> None:
+        """Score a window of rows and write it."""
+        answers = [item.answer for item in window if isinstance(item.answer, Answer)]
+        if answers and scorer is None:
+            raise RunError("--dataset has changed while it was read: run the same command again")
+        judged = scorer.judge(answers) if scorer else Judgement([])
+        number = 0
+        for item in window:
+            if isinstance(item.answer, RowError):
+                reason = str(item.answer)
+                output.append([identity_of(item.row) | {"reward": None, "dropped": reason}], reason, item.row.place)
+                continue
+            if not math.isfinite(judged.rewards[number]):
+                raise RunError(
+                    f"the reward of {item.row.place} is {judged.rewards[number]}: the model does not compute numbers there"
+                    f"{' (without --bf16 it may)' if self.config.model.bf16 else ''}"
+                )
+            more = {name: as_json(values[number]) for name, values in judged.metrics.items()}
+            if taken := sorted(set(more) & set(OWN)):
+                raise RunError(f"{self.config.model.pretrain} returned `{taken[0]}`, which a scored row has already")
+            line = self._line(item, item.answer, judged.rewards[number]) | more
+            output.append([line if self.calibration is None else normalised(line, self.calibration)])
+            number += 1
+
+    def _line(self, item: Item, answer: Answer, reward: float) -> dict[str, Any]:
+        """A scored row."""
+        line = identity_of(item.row) | {"input": answer.prompt, "output": answer.response, "rendered": item.rendered}
+        if isinstance(item.row.conversation, Pair | Chat):
+            line |= prompt_messages(item.row.conversation, self.has_chat_template)
+        given = item.row.row if marker_of(item.row.row) is not None else {}
+        if "finish_reason" in given:
+            line["finish_reason"] = given["finish_reason"]
+        line["reward"] = reward
+        if answer.sample is not None:
+            line["response_tokens"] = int(answer.sample.target_mask.sum())
+            line |= {"truncated": True} if answer.sample.truncated else {}
+        if given:
+            kept = {name: as_json(value) for name, value in given.items() if name not in line and name not in AGAIN}
+            return line | kept
+        source = source_columns(item.row.row, self.config.data)
+        return line | ({"source": source} if source else {})
+
+    def _process(self, scored: JobOutput, last: JobOutput) -> dict[str, Any]:
+        """Make of the scored rows what was asked for.
+
+        Returns:
+            A report.
+        """
+        from rlhf_infer.processors import process
+
+        made, report = process(list(scored.rows()), self.config.processor)
+        fill(last, iter(made))
+        return report
+
+    def _check_function(self) -> None:
+        """Refuse what needs a tokenizer, and statistics that a function does not have."""
+        config = self.config
+        needs = {
+            "--apply_chat_template": config.data.apply_chat_template,
+            "--tokenizer_chat_template": config.data.tokenizer_chat_template is not None,
+            "--max_len": "max_len" in config.data.model_fields_set,
+            "--disable_fast_tokenizer": config.model.disable_fast_tokenizer,
+        }
+        for option, given in needs.items():
+            if given:
+                raise InputError(
+                    f"{option} is about tokens, and --pretrain {config.model.pretrain} is a Python function, which reads "
+                    "texts: leave it out"
+                )
+        if config.reward.normalize_reward and not config.reward.calibrate:
+            raise InputError(
+                f"--normalize_reward: --pretrain {config.model.pretrain} is a Python function, which has no mean and "
+                "deviation; take those of this data with --calibrate"
+            )
+        self.calibration: dict[str, float] | None = None
+        self.max_len = config.data.max_len
+
+    def _check_model(self) -> Any:
+        """Make sure that model, tokenizer and samples fit each other; returns the tokenizer."""
+        from rlhf_core.models.reward import Calibration
+        from rlhf_core.vocabulary import check_vocabulary
+
+        config = self.config
+        options = scorer_options(config)
+        self.model_config, self.head = architecture(options)
+        name = config.model.pretrain
+        tokenizer = tokenizer_of(options, slow=config.model.disable_fast_tokenizer)
+        check_vocabulary("--pretrain", name, self.model_config, len(tokenizer))
+        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or config.data.max_len
+        if context < config.data.max_len and "max_len" in config.data.model_fields_set:
+            raise InputError(
+                f"--max_len {config.data.max_len}: --pretrain {name} takes {context} tokens; give --max_len {context} or less"
+            )
+        self.max_len = min(config.data.max_len, context)
+        self.calibration = None
+        if config.reward.normalize_reward and not config.reward.calibrate:
+            calibration = Calibration.of(self.model_config, name)
+            self.calibration = {"mean": calibration.mean, "std": calibration.std}
+        return tokenizer
+
+    def _outputs(self) -> list[JobOutput]:
+        """The files that are written, each made of the one before, the last of them OUTPUT."""
+        config = self.config
+        job = self._identity()
+        jobs, paths = [job], [self.path]
+        if config.processor.post_processor:
+            paths.insert(0, beside(self.path, ".scored.jsonl"))
+        if config.reward.calibrate:
+            paths.insert(0, beside(self.path, ".raw.jsonl"))
+            jobs.append(jobs[-1] | {"calibrate": True})
+        if config.processor.post_processor:
+            jobs.append(jobs[-1] | config.processor.model_dump())
+        return [JobOutput(path, job, config.output.overwrite) for path, job in zip(paths, jobs, strict=True)]
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that decides the scored rows, by the names of options. Not among it: batch sizes, ranks, layout."""
+        config, data = self.config, self.stream.identity()
+        job = {
+            "command": "score",
+            "dataset": data.pop("sources"),
+            "row_format": data.pop("rows"),
+            "seed": config.randomness.seed,
+            **data,
+        }
+        if self.by_function:
+            return job | {"pretrain": [config.model.pretrain, source_of(config.model.pretrain)]}
+        return job | {
+            "pretrain": [config.model.pretrain, model_identity(config.model.pretrain, self.model_config)],
+            "value_head_prefix": self.head,
+            "bf16": config.model.bf16,
+            "disable_fast_tokenizer": config.model.disable_fast_tokenizer,
+            "max_len": self.max_len,
+            "reward_engine": config.reward.reward_engine,
+            "normalize_reward": self.calibration,
+        }
+
+    def _describe(self) -> str:
+        config = self.config
+        if self.by_function:
+            return f"the Python function {config.model.pretrain}"
+        engine = "vLLM" if config.reward.reward_engine == "vllm" else (
+            f"{'no padding, shared prompts once' if config.reward.flash_attn else 'padded'}, "
+            f"{config.model.micro_batch_size} samples in a forward pass"
+        )  # fmt: skip
+        ranks = f", {self.world_size} ranks" if is_shared(config, self.world_size) and self.world_size > 1 else ""
+        split = ", weights split over them (ZeRO-3)" if config.parallel.zero_stage == 3 and ranks else ""
+        number = "bfloat16" if config.model.bf16 else "float32"
+        longest = f"samples of at most {self.max_len:,} tokens"
+        return f"{config.model.pretrain} (head `{self.head}`, {number}, {longest}, {engine}{ranks}{split})"
+
+    @property
+    def _window(self) -> int:
+        """Rows that are read together: a function is asked about a batch at a time, since it may be slow."""
+        size = self.config.model.micro_batch_size
+        return size if self.by_function else LOOK_AHEAD * size * self.world_size
+
+    def _count(self) -> None:
+        try:
+            self._total = self.stream.count()
+        except InputError:
+            return  # a line of a file is no row: whoever reads the rows comes to it, and says so
+
+
+def architecture(options: ScorerOptions) -> tuple[Any, str]:
+    """The config of a reward model, and the name of its head."""
+    from rlhf_infer.rewards.model import check_reward_model, model_head
+
+    return check_reward_model(options), model_head(options)
+
+
+def source_of(name: str) -> dict[str, str]:
+    """What tells a Python function from another of its name: a digest of the file it is in."""
+    from rlhf_infer.rewards.function import find_function
+
+    found = inspect.unwrap(find_function(name, "--pretrain"))
+    file = inspect.getsourcefile(found) if hasattr(found, "__code__") else inspect.getsourcefile(type(found))
+    return {"sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+
+
+def finish_early(output: JobOutput, dropped: dict[str, tuple[int, str]]) -> None:
+    """Put a file in its place that others are made of."""
+    if not output.finished:
+        output.finish({"dropped": dropped})
+
+
+def fill(output: JobOutput, rows: Iterator[dict[str, Any]]) -> None:
+    """Write the rows that an earlier run has not."""
+    for row in islice(rows, output.done, None):
+        output.append([row])
+
+
+class Progress:
+    """A bar of rows on standard error, with tokens per second and the time left once the rows are counted."""
+
+    def __init__(self, done: int, total: Callable[[], int | None]) -> None:
+        self._bar = tqdm(initial=done, total=total(), desc="score", unit=" rows", dynamic_ncols=True)
+        self._total, self._tokens, self._start = total, 0, time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """So many rows are done, with so many tokens."""
+        self._tokens += tokens
+        self._bar.total = self._total()
+        pace = self._tokens / max(time.perf_counter() - self._start, 1e-9)
+        self._bar.set_postfix_str(f"{pace:,.0f} tokens/s" if self._tokens else "", refresh=False)
+        self._bar.update(rows)
