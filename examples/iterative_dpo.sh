@@ -12,7 +12,8 @@ DATA=${DATA:-./$QUICKSTART/questions}
 PROMPT_OPTIONS=${PROMPT_OPTIONS:-"--input_key question --input_template 'Question: {}\nAnswer:'"}
 REWARD_MODEL_PATH=${REWARD_MODEL_PATH:-$QUICKSTART/rm}
 OUT=${OUT:-$QUICKSTART/examples/iter_dpo}
-ENGINE=${ENGINE:-generate_vllm}
+ENGINE=${ENGINE:-generate_vllm} # or generate, without vLLM: then ENGINE_OPTIONS=
+ENGINE_OPTIONS=${ENGINE_OPTIONS-"--tp_size 1 --enable_prefix_caching --max_num_seqs 64"}
 BEST_OF_N=${BEST_OF_N:-8}
 MAX_LEN=${MAX_LEN:-32}
 LEARNING_RATE=${LEARNING_RATE:-1e-4}
@@ -57,10 +58,8 @@ infer \
    --dataset $DATA \
    $PROMPT_OPTIONS \
    --temperature 1.0 \
-   --tp_size 1 \
    --best_of_n $BEST_OF_N \
-   --enable_prefix_caching \
-   --max_num_seqs 64 \
+   $ENGINE_OPTIONS \
    --iter $iter \
    --rollout_batch_size $ROLLOUT_BATCH_SIZE \
    --output_path $GENERATE_OUTPUT

@@ -12,7 +12,8 @@ DATA=${DATA:-./$QUICKSTART/questions}
 PROMPT_OPTIONS=${PROMPT_OPTIONS:-"--input_key question --input_template 'Question: {}\nAnswer:'"}
 REWARD_MODEL_PATH=${REWARD_MODEL_PATH:-$QUICKSTART/rm}
 OUT=${OUT:-$QUICKSTART/examples/rejection}
-ENGINE=${ENGINE:-generate_vllm}
+ENGINE=${ENGINE:-generate_vllm} # or generate, without vLLM: then ENGINE_OPTIONS=
+ENGINE_OPTIONS=${ENGINE_OPTIONS-"--enable_prefix_caching --tp_size 1"}
 BEST_OF_N=${BEST_OF_N:-4}
 MAX_LEN=${MAX_LEN:-32}
 LEARNING_RATE=${LEARNING_RATE:-2e-4}
@@ -58,8 +59,7 @@ infer \
    $PROMPT_OPTIONS \
    --temperature 0.9 \
    --best_of_n $BEST_OF_N \
-   --enable_prefix_caching \
-   --tp_size 1 \
+   $ENGINE_OPTIONS \
    --micro_batch_size 64 \
    --iter $iter \
    --rollout_batch_size $ROLLOUT_BATCH_SIZE \

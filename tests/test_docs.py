@@ -132,7 +132,7 @@ def test_every_command_in_the_pages_is_one_that_exists(generator):
     known = set(generator.CONFIGS)
     for page in PAGES:
         blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for words in re.findall(r"(?:^|run )(rlhf(?: [a-z]\w+)+)", "\n".join(blocks), flags=re.MULTILINE):
+        for words in re.findall(r"(?:^|run )(rlhf(?: [a-z][\w-]+)+)", "\n".join(blocks), flags=re.MULTILINE):
             assert any(words.startswith(command) for command in known), f"{named(page)}: {words}"
 
 
@@ -152,6 +152,7 @@ def test_every_flag_in_the_pages_is_an_option(generator):
     """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
     known = {"--help", "--version", "--no_", "--method"}
     known |= {"--group", "--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
+    known |= {"--remote_rm_url"}
     known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache", "--is_rm", "--normalize_reward"}
     known = known.union(*(flags_of(generator, command) for command in generator.CONFIGS))
     for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):

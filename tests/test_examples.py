@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -201,6 +202,66 @@ def test_a_file_of_options_runs_simpo(rlhf, place, metrics, monkeypatch):
     assert answer.code == 0, answer.err
     rows = metrics(place / "quickstart/examples/simpo")
     assert "nll_loss" in rows[0] and "kl" not in rows[0]
+
+
+SMALL = {"BEST_OF_N": "2", "ROLLOUT_BATCH_SIZE": "16"}
+WITHOUT_VLLM = {"ENGINE": "generate", "ENGINE_OPTIONS": ""}
+
+
+@pytest.fixture
+def scored(replay, place) -> Path:
+    """The folder `quickstart/` with a reward model in it."""
+    if not (place / "quickstart/rm").exists():
+        replay("sh", str(EXAMPLES / "rm.sh"), "--max_samples", "64", OUT="quickstart/rm")
+    return place / "quickstart"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_rejection_sampling_runs_with_vllm_and_goes_on_from_its_log(run, replay, scored):
+    shown = run("bash", str(EXAMPLES / "rejection_sampling.sh"), TRAINING_ITERS="1", **SMALL)
+    folder = scored / "examples/rejection"
+    assert there(folder) >= MODEL | {"generate.jsonl", "rm.jsonl"} and "engine:    vllm" in shown
+    assert (folder / "iter.log").read_text() == "1\n"
+    rewards = [json.loads(line)["reward"] for line in (folder / "rm.jsonl").read_text().splitlines()]
+    assert len(rewards) == 16
+    shown = replay("bash", str(EXAMPLES / "rejection_sampling.sh"), TRAINING_ITERS="2", **WITHOUT_VLLM, **SMALL)
+    assert "model:     quickstart/examples/rejection" in shown and "iteration 1 of 16 each" in shown
+    assert (folder / "iter.log").read_text() == "2\n"
+
+
+def test_iterative_dpo_trains_on_the_best_against_the_worst(replay, scored, metrics):
+    replay("bash", str(EXAMPLES / "iterative_dpo.sh"), **WITHOUT_VLLM, **SMALL)
+    folder = scored / "examples/iter_dpo"
+    pairs = [json.loads(line) for line in (folder / "rm.jsonl").read_text().splitlines()]
+    assert pairs and all(pair["chosen_reward"] > pair["rejected_reward"] for pair in pairs)
+    assert there(folder / "checkpoint") >= MODEL
+    assert metrics(folder / "checkpoint")[0]["kl"] != 0, "the second iteration started from the model of the first"
+
+
+def test_conditional_sft_trains_with_the_reward_in_the_prompt(replay, scored):
+    replay("bash", str(EXAMPLES / "conditional_sft.sh"), MAX_SAMPLES="64")
+    folder = scored / "examples/csft"
+    first = json.loads((folder / "rm.jsonl").read_text().splitlines()[0])
+    assert re.fullmatch(r"(?s)Question: .*\nAnswer: <rm_score>: -?\d+\.\d\d ", first["input"])
+    assert there(folder) >= MODEL
+
+
+def test_a_reward_function_counts_different_animals(rlhf, tmp_path):
+    stories = {
+        " The cat saw two dogs and a catfish.": 2,
+        " No one.": 0,
+        " A dog, dogs, DOG!": 1,
+        " Ant bee cat cow.": 3,
+    }
+    rows = "".join(json.dumps({"input": "Once.", "output": story}) + "\n" for story in stories)
+    (tmp_path / "stories.jsonl").write_text(rows)
+    answer = rlhf([
+        "score", "--pretrain", str(EXAMPLES / "animal_reward.py"), "--dataset", str(tmp_path / "stories.jsonl"),
+        "--output_path", str(tmp_path / "scored.jsonl"),
+    ])  # fmt: skip
+    assert answer.code == 0, answer.err
+    scored = [json.loads(line)["reward"] for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert scored == list(stories.values())
 
 
 @pytest.mark.parametrize(

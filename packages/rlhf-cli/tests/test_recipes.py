@@ -120,7 +120,7 @@ class Steps:
 def steps(monkeypatch) -> Steps:
     steps = Steps()
     monkeypatch.setattr(loop, "execute", steps)
-    monkeypatch.setattr(loop, "check", lambda config: None)
+    monkeypatch.setattr(loop, "check", lambda config, started: None)
     monkeypatch.setattr(loop, "picture", lambda recipe, history, path: None)
     return steps
 

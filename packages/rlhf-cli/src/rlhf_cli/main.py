@@ -83,9 +83,8 @@ def generate(config: GenerateConfig, dry_run: DryRun = False) -> None:
 
 @command(app, "score", ScoreConfig)
 def score(config: ScoreConfig, dry_run: DryRun = False) -> None:
-    from rlhf_infer.score import score
-
     from rlhf_cli.launch import launch
+    from rlhf_infer.score import score
 
     launch(config.parallel, partial(score, config), dry_run=dry_run)
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice, tee
+from itertools import tee
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-from tqdm import tqdm
-
 from rlhf_data.encode import EncodeOptions, Encoder, Prompt
-from rlhf_data.errors import InputError, RunError, strict_error
+from rlhf_data.errors import InputError, RunError
 from rlhf_data.options import build
 from rlhf_data.prompts import PROMPT_KEYS, PromptOptions
 from rlhf_data.rows import Chat, Pair, Row, RowError, marker_of
@@ -30,13 +27,8 @@ from rlhf_data.templates import as_chat
 from rlhf_infer.config import EngineName, GenerateConfig
 from rlhf_infer.engines.engine import Completion, Engine, Request, context_of, sample_seed
 from rlhf_infer.output import JobOutput, beside, model_identity
-from rlhf_infer.processors import condition
-
-BLOCK = 256
-"""Rows that are read and encoded together."""
-
-PATIENCE = 2.0
-"""Seconds that the plan waits for the rows to be counted; large files are counted while the model is loaded."""
+from rlhf_infer.progress import Bar, Count
+from rlhf_infer.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -108,119 +100,6 @@ def generate(config: GenerateConfig | None = None, *, dry_run: bool = False, **o
     return summary
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A row of the data, and its prompt or the reason why it has none."""
-
-    row: StreamedRow
-    prompt: Prompt | RowError
-
-
-class Prompts:
-    """The prompts of a job; read from the data anew each time, a block of rows at a time.
-
-    Args:
-        stream: the rows.
-        encoder: writes them out.
-        config: the job's options.
-        context: longest sequence of the model, in tokens, if it has one.
-    """
-
-    def __init__(self, stream: RowStream, encoder: Encoder, config: GenerateConfig, context: int | None) -> None:
-        self.stream, self.encoder, self.context = stream, encoder, context
-        self.data, self.conditioning = config.data, config.conditioning
-        size = config.data.rollout_batch_size
-        number = config.data.iter
-        self.start, self.stop = (0, None) if number is None else (number * size, (number + 1) * size)
-
-    def items(self, done: int = 0) -> Iterator[Item]:
-        """Rows of the slice behind the first `done` ones, in order."""
-        rows = self.stream.read(self.start + done, self.stop)
-        while block := list(islice(rows, BLOCK)):
-            readable = [row.conversation for row in block if not isinstance(row.conversation, RowError)]
-            prompts = iter(self._written(self.encoder.prompts(readable)))
-            for row in block:
-                reason = row.conversation
-                yield Item(row, self._checked(reason if isinstance(reason, RowError) else next(prompts)))
-
-    def count(self) -> int:
-        """Rows of the slice; a pass over the data."""
-        total = self.stream.count()
-        return max(0, min(total, total if self.stop is None else self.stop) - self.start)
-
-    def check(self, done: int) -> bool:
-        """Make sure that there is something to answer.
-
-        Args:
-            done: rows that an earlier run has finished.
-
-        Returns:
-            Whether a prompt is left behind those.
-
-        Raises:
-            InputError: the slice is behind the end of the data, no row of it can be used, or (`--strict_data`) some
-                cannot.
-        """
-        dropped: dict[str, tuple[int, str]] = {}
-        left = False
-        for item in self.items(done):
-            if isinstance(item.prompt, RowError):
-                if self.data.strict_data:
-                    raise strict_error(str(item.row.place), str(item.prompt)) from None
-                count, first = dropped.get(str(item.prompt), (0, str(item.row.place)))
-                dropped[str(item.prompt)] = (count + 1, first)
-            else:
-                left = True
-                if not self.data.strict_data:
-                    break
-        if not left and not done:
-            raise InputError(self._nothing(dropped))
-        return left
-
-    def _written(self, prompts: list[Prompt | RowError]) -> list[Prompt | RowError]:
-        """Prompts as they are asked: with the reward that responses should have, if one is asked for."""
-        reward = self.conditioning.csft_reward
-        if reward is None:
-            return prompts
-        template = self.conditioning.reward_template
-        asked = iter(
-            self.encoder.prompts(
-                [
-                    Pair(condition(prompt.text, reward, template), "", rendered=prompt.rendered)
-                    for prompt in prompts
-                    if isinstance(prompt, Prompt)
-                ]
-            )
-        )
-        return [next(asked) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
-
-    def _checked(self, prompt: Prompt | RowError) -> Prompt | RowError:
-        """The prompt, if the model can be asked with it."""
-        if isinstance(prompt, RowError):
-            return prompt
-        if not prompt.ids:
-            return RowError("the prompt has no token")
-        if len(prompt.ids) > self.data.prompt_max_len:
-            return RowError(f"prompt longer than --prompt_max_len {self.data.prompt_max_len}")
-        if self.context and len(prompt.ids) >= self.context:
-            return RowError(f"prompt leaves no room for a response in the model's context of {self.context} tokens")
-        return prompt
-
-    def _nothing(self, dropped: dict[str, tuple[int, str]]) -> str:
-        if dropped:
-            reasons = "; ".join(
-                f"{reason} ({count:,}, the first: {first})" for reason, (count, first) in dropped.items()
-            )
-            return f"--dataset {self.data.dataset}: no row can be used: {reasons}"
-        total, size = self.stream.count(), self.data.rollout_batch_size
-        slices = -(-total // size)
-        return (
-            f"--iter {self.data.iter} is past the end of the data: {self.data.dataset} has {total:,} prompts, which are "
-            f"{slices} iteration{'s' * (slices != 1)} of --rollout_batch_size {size} "
-            f"({'only --iter 0' if slices == 1 else f'--iter 0 to {slices - 1}'})"
-        )
-
-
 class Job:
     """A generation job, checked.
 
@@ -263,15 +142,12 @@ class Job:
             encoder.check(first)
         self.output = JobOutput(self.path, self._identity(), config.output.overwrite)
         self.left = not self.output.finished and self.prompts.check(self.output.done)
-        self._total: int | None = None
-        self._counting = Thread(target=self._count, daemon=True)
-        self._counting.start()
+        self.count = Count(self.prompts.count)
 
     def plan(self) -> str:
         """What the job will do, for people."""
         config, sampling, output = self.config, self.config.sampling, self.output
-        self._counting.join(PATIENCE)
-        rows = "prompts are being counted" if self._total is None else f"{self._total:,} prompts"
+        rows = self.count.said("prompts")
         if config.data.iter is not None:
             rows += f", iteration {config.data.iter} of {config.data.rollout_batch_size:,} each"
         chosen = "greedy" if sampling.greedy_sampling else (
@@ -346,11 +222,11 @@ class Job:
             if isinstance(item.prompt, Prompt)
         )
         answers = in_order(engine.generate(requests, config.sampling)) if engine else iter(())
-        with Progress(output.done, lambda: self._total) as progress:
+        with Bar("generate", "prompts", output.done, self.count) as bar:
             for item in rows:
                 if isinstance(item.prompt, RowError):
                     output.append([], str(item.prompt), item.row.place)
-                    progress.advance(0)
+                    bar.advance(1, 0)
                     continue
                 completions = next(answers, None)
                 if completions is None:
@@ -358,7 +234,7 @@ class Job:
                 output.append(list(self._lines(item.row, item.prompt, completions)))
                 for completion in completions:
                     tally.add(len(completion.token_ids), completion.finish_reason)
-                progress.advance(sum(len(completion.token_ids) for completion in completions))
+                bar.advance(1, sum(len(completion.token_ids) for completion in completions))
 
     def _lines(self, row: StreamedRow, prompt: Prompt, completions: Iterable[Completion]) -> Iterator[dict[str, Any]]:
         """A line of the output for every response to a row."""
@@ -431,12 +307,6 @@ class Job:
         }
         return job | ({"rollout_batch_size": config.data.rollout_batch_size} if config.data.iter is not None else {})
 
-    def _count(self) -> None:
-        try:
-            self._total = self.prompts.count()
-        except InputError:
-            return  # a line of a file is no row: whoever reads the rows comes to it, and says so
-
 
 def describe_model(config: GenerateConfig) -> tuple[Any, Any]:
     """The model's architecture, and its tokenizer."""
@@ -480,28 +350,6 @@ class Tally:
         self.responses += 1
         self.truncated += finish_reason == "length"
         self.tokens += tokens
-
-
-class Progress:
-    """A bar of prompts on standard error, with tokens per second and the time left once the prompts are counted."""
-
-    def __init__(self, done: int, total: Callable[[], int | None]) -> None:
-        self._bar = tqdm(initial=done, total=total(), desc="generate", unit=" prompts", dynamic_ncols=True)
-        self._total, self._tokens, self._start = total, 0, time.perf_counter()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def advance(self, tokens: int) -> None:
-        """A prompt is done, with so many tokens."""
-        self._tokens += tokens
-        self._bar.total = self._total()
-        pace = self._tokens / max(time.perf_counter() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{pace:,.0f} tokens/s", refresh=False)
-        self._bar.update()
 
 
 def in_order(answers: Iterable[tuple[int, tuple[Completion, ...]]]) -> Iterator[tuple[Completion, ...]]:

@@ -17,10 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from rlhf_data.encode import Encoder, encode_options_of
 from rlhf_data.errors import InputError, RunError
@@ -30,6 +27,7 @@ from rlhf_data.stream import RowStream
 from rlhf_infer.config import ScoreConfig
 from rlhf_infer.generate import as_json, check_apart
 from rlhf_infer.output import JobOutput, beside, model_identity
+from rlhf_infer.progress import Bar, Count
 from rlhf_infer.rewards.figures import ScoreSummary, calibration_of, figures_of, normalised
 from rlhf_infer.rewards.responses import (
     Item,
@@ -56,9 +54,6 @@ if TYPE_CHECKING:
 
 LOOK_AHEAD = 32
 """Forward passes whose samples are read together, to find those of equal lengths and prompts; what a kill loses at most."""
-
-PATIENCE = 2.0
-"""Seconds that the plan waits for the rows to be counted; large files are counted while the model is loaded."""
 
 OWN = ("row", "sample", "input", "output", "rendered", "messages", "tools", "finish_reason", "reward", "raw_reward",
        "response_tokens", "truncated", "dropped", "source")  # fmt: skip
@@ -92,36 +87,37 @@ def score(
         raise InputError(f"give either a config or options, not both: {', '.join(options)}")
     world_size = max(world_size, int(os.environ.get("WORLD_SIZE", "1")))
     check_parallel(config)
+    # The first rank looks before the ranks meet: where something is wrong, no other one is in the middle of a call.
+    job = Job(config, world_size) if int(os.environ.get("RANK", "0")) == 0 else None
     if dry_run:
-        print(Job(config, world_size).plan(), flush=True)
+        if job:
+            print(job.plan(), flush=True)
         return None
     if not is_shared(config, world_size):
-        return run(config, None, world_size) if int(os.environ.get("RANK", "0")) == 0 else None
+        return run(job, None) if job else None
     from rlhf_core.ranks import Ranks
 
     ranks = Ranks(
         config.parallel, seed=config.randomness.seed, bf16=config.model.bf16, zero_stage=config.parallel.zero_stage
     )
-    if ranks.is_first:
-        summary = run(config, ranks, world_size)
-        ranks.close()
-        return summary
-    if ranks.share(lambda: None):
+    summary = None
+    if job:
+        summary = run(job, ranks)
+    elif ranks.share(lambda: None):
         make_model_scorer(config, ranks).follow()
     ranks.close()
-    return None
+    return summary
 
 
-def run(config: ScoreConfig, ranks: Ranks | None, world_size: int) -> ScoreSummary:
+def run(job: Job, ranks: Ranks | None) -> ScoreSummary:
     """The job, on the first rank: other ranks hear whether they are needed, and then serve its scorer."""
-    job = Job(config, world_size)
     print(job.plan(), flush=True)
 
     def scorer() -> Scorer:
-        if ranks:
-            ranks.share(lambda: True)
-            return make_model_scorer(config, ranks)
-        return make_scorer(scorer_options(config))
+        if ranks is None:
+            return make_scorer(scorer_options(job.config))
+        ranks.share(lambda: True)
+        return make_model_scorer(job.config, ranks)
 
     summary = job.run(scorer)
     if ranks and not job.scored_now:
@@ -215,15 +211,12 @@ class Job:
             self.outputs[0].done
         )
         self.scored_now = False
-        self._total: int | None = None
-        self._counting = Thread(target=self._count, daemon=True)
-        self._counting.start()
+        self.count = Count(self.stream.count)
 
     def plan(self) -> str:
         """What the job will do, for people."""
         config, first, last = self.config, self.outputs[0], self.outputs[-1]
-        self._counting.join(PATIENCE)
-        counted = "rows are being counted" if self._total is None else f"{self._total:,} rows"
+        counted = self.count.said("rows")
         lines = {"data": f"{self.stream.describe}; {counted}", "rewards": self._describe()}
         if config.reward.normalize_reward:
             lines["normalise"] = "with the statistics of " + (
@@ -285,12 +278,12 @@ class Job:
             scorer = make() if self.left else None
             self.scored_now = scorer is not None
             start = time.perf_counter()
-            with Progress(output.done, lambda: self._total) as progress:
+            with Bar("score", "rows", output.done, self.count) as bar:
                 for window in self.responses.windows(self._window, output.done):
                     self._append(output, window, scorer)
                     computed = sum(tokens_of(item) for item in window)
                     rows, tokens = rows + len(window), tokens + computed
-                    progress.advance(len(window), computed)
+                    bar.advance(len(window), computed)
             seconds = time.perf_counter() - start
             if scorer:
                 scorer.close()
@@ -453,12 +446,6 @@ class Job:
         size = self.config.model.micro_batch_size
         return size if self.by_function else LOOK_AHEAD * size * self.world_size
 
-    def _count(self) -> None:
-        try:
-            self._total = self.stream.count()
-        except InputError:
-            return  # a line of a file is no row: whoever reads the rows comes to it, and says so
-
 
 def architecture(options: ScorerOptions) -> tuple[Any, str]:
     """The config of a reward model, and the name of its head."""
@@ -486,25 +473,3 @@ def fill(output: JobOutput, rows: Iterator[dict[str, Any]]) -> None:
     """Write the rows that an earlier run has not."""
     for row in islice(rows, output.done, None):
         output.append([row])
-
-
-class Progress:
-    """A bar of rows on standard error, with tokens per second and the time left once the rows are counted."""
-
-    def __init__(self, done: int, total: Callable[[], int | None]) -> None:
-        self._bar = tqdm(initial=done, total=total(), desc="score", unit=" rows", dynamic_ncols=True)
-        self._total, self._tokens, self._start = total, 0, time.perf_counter()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def advance(self, rows: int, tokens: int) -> None:
-        """So many rows are done, with so many tokens."""
-        self._tokens += tokens
-        self._bar.total = self._total()
-        pace = self._tokens / max(time.perf_counter() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{pace:,.0f} tokens/s" if self._tokens else "", refresh=False)
-        self._bar.update(rows)

@@ -51,7 +51,7 @@ def run(name: str, config: RecipeConfig, *, dry_run: bool = False) -> None:
     folder = Path(config.checkpoint.save_path)
     state = State.open(name, config)
     if len(state.history) < iterations_of(config):
-        check(config)
+        check(config, started=state.path.exists())
     if dry_run:
         print("\n\n".join(commands(config)))
         return
@@ -64,14 +64,16 @@ def iterations_of(config: RecipeConfig) -> int:
     return 1 if isinstance(config, ConditionalSFTConfig) else config.recipe.training_iters  # type: ignore[attr-defined]
 
 
-def check(config: RecipeConfig) -> None:
+def check(config: RecipeConfig, *, started: bool = False) -> None:
     """Find out before the first step what would stop a later one, without loading any weight.
+
+    Args:
+        config: the recipe.
+        started: whether it passed this before; then only what may have changed is looked at.
 
     Raises:
         InputError: naming the option, the value and the way out.
     """
-    from rlhf_core.libraries import settle
-
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise InputError("a recipe starts its steps and their ranks itself: run it without torchrun or deepspeed")
     check_outside(config)
@@ -80,12 +82,19 @@ def check(config: RecipeConfig) -> None:
         check_ask(config)
     else:
         check_prompts(config)
+    if not started:
+        check_models(config, next(step for step in steps if isinstance(step, TrainConfig)))
+
+
+def check_models(config: RecipeConfig, training: TrainConfig) -> None:
+    """Look at models, rewards, batches and folders."""
+    from rlhf_core.libraries import settle
+
     settle()
     from rlhf_core.models.load import load_model_config
     from rlhf_core.plan import check_run
 
-    (first, *_) = [step for step in steps if isinstance(step, TrainConfig)]
-    check_run(first, ranks_on_this_node(config.parallel))
+    check_run(training, ranks_on_this_node(config.parallel))
     load_model_config(config.model)
     reference = getattr(config, "reference", None)
     if reference and reference.ref_pretrain:

@@ -61,11 +61,12 @@ class Replicas:
         """Answer all requests; those of a block come together, blocks in their order. See `Engine`.
 
         Raises:
-            RunError: an actor failed, again and again.
+            InputError: what an engine found wrong.
+            RunError: an engine failed, or its process died again and again.
         """
         import ray
         from ray.data import ActorPoolStrategy
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, UserCodeException
 
         files = self._write(requests)
         if not files:
@@ -89,13 +90,11 @@ class Replicas:
         try:
             tables: Any = answers.iter_batches(batch_size=None, batch_format="pyarrow")
             for table in tables:
-                for row in table.to_pylist():
-                    yield (
-                        row["number"],
-                        tuple(Completion(**c | {"token_ids": tuple(c["token_ids"])}) for c in row["answer"]),
-                    )
-        except RayError as error:
-            raise cause_of(error) from error
+                yield from answers_of(table)
+        except (RayError, UserCodeException) as error:
+            raise RunError(
+                f"an engine failed ({type(error).__name__}: {first_line(error)}); run the same command again to go on"
+            ) from error
 
     def close(self) -> None:
         """Leave the cluster, or end it if it is our own, and remove the blocks."""
@@ -129,10 +128,18 @@ class Replicas:
 
 
 class Worker:
-    """One copy, in an actor of its own."""
+    """One copy, in an actor of its own.
+
+    Errors that are written for people travel in the answers: as exceptions, Ray would bury them in its own.
+    """
 
     def __init__(self, make: Callable[[], Engine], sampling: SamplingConfig) -> None:
-        self._engine, self._sampling = make(), sampling
+        self._sampling = sampling
+        self._failure: Exception | None = None
+        try:
+            self._engine = make()
+        except (InputError, RunError) as error:
+            self._failure = error
 
     def __call__(self, batch: Any) -> Any:
         """Answer the prompts of a block.
@@ -141,30 +148,54 @@ class Worker:
             batch: a table of one row, with the block's file.
 
         Returns:
-            A table of one row per prompt: `number`, and in `answer` its completions.
+            A table of one row per prompt, with its `number` and in `answer` its completions; or of one row that says in
+            `error` what went wrong, and in `kind` whose fault it is.
         """
         import pyarrow
-        import pyarrow.parquet
 
         (file,) = batch["file"].to_pylist()
+        try:
+            if self._failure:
+                raise self._failure
+            rows = self._answer(file)
+        except (InputError, RunError) as error:
+            rows = [{"number": -1, "answer": [], "kind": type(error).__name__, "error": str(error)}]
+        completion = {
+            "token_ids": pyarrow.list_(pyarrow.int32()),
+            "finish_reason": pyarrow.string(),
+            "logp": pyarrow.float64(),
+            "seed": pyarrow.int64(),
+        }
+        schema = {
+            "number": pyarrow.int64(),
+            "answer": pyarrow.list_(pyarrow.struct(completion)),
+            "kind": pyarrow.string(),
+            "error": pyarrow.string(),
+        }
+        return pyarrow.Table.from_pylist(rows, pyarrow.schema(schema))
+
+    def _answer(self, file: str) -> list[dict[str, Any]]:
+        import pyarrow.parquet
+
         prompts = pyarrow.parquet.read_table(file).to_pylist()
         requests = [Request(prompt["prompt_ids"], prompt["seed"]) for prompt in prompts]
-        answers = sorted(self._engine.generate(requests, self._sampling))
-        completion = pyarrow.struct(
-            {
-                "token_ids": pyarrow.list_(pyarrow.int32()),
-                "finish_reason": pyarrow.string(),
-                "logp": pyarrow.float64(),
-                "seed": pyarrow.int64(),
-            }
-        )
-        columns = {
-            "number": pyarrow.array([prompts[place]["number"] for place, _ in answers], pyarrow.int64()),
-            "answer": pyarrow.array(
-                [[asdict(c) for c in written] for _, written in answers], pyarrow.list_(completion)
-            ),
-        }
-        return pyarrow.table(columns)
+        answers = sorted(self._engine.generate(requests, self._sampling), key=lambda answer: answer[0])
+        return [
+            {"number": prompts[place]["number"], "answer": list(map(asdict, written))} for place, written in answers
+        ]
+
+
+def answers_of(table: Any) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+    """What a worker answered.
+
+    Raises:
+        InputError: what the worker found wrong.
+        RunError: as well.
+    """
+    for row in table.to_pylist():
+        if row["error"] is not None:
+            raise {"InputError": InputError, "RunError": RunError}[row["kind"]](row["error"])
+        yield row["number"], tuple(Completion(**c | {"token_ids": tuple(c["token_ids"])}) for c in row["answer"])
 
 
 def block_size(config: GenerateConfig, engine: EngineName, prompts: int) -> int:
@@ -241,17 +272,6 @@ def resources(config: EngineConfig) -> dict[str, Any]:
 def too_many(config: EngineConfig, there: str, room: int) -> str:
     each = f" of --tp_size {config.tp_size}" if config.tp_size > 1 else ""
     return f"--num_engines {config.num_engines}{each}: {there}, room for {room}"
-
-
-def cause_of(error: BaseException) -> Exception:
-    """Why an actor failed: the innermost of Ray's wrapped errors; ours are raised as they were."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    if type(error) in (InputError, RunError):
-        return error  # type: ignore[return-value]
-    return RunError(
-        f"an engine failed ({type(error).__name__}: {first_line(error)}); run the same command again to go on"
-    )
 
 
 def first_line(error: BaseException) -> str:

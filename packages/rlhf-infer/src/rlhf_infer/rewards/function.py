@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from rlhf_data.errors import InputError, RunError
 from rlhf_infer.rewards.scorer import Answer, Judgement, Scorer, ScorerOptions
@@ -89,12 +89,17 @@ class FunctionScorer(Scorer):
         return [value.item() if hasattr(value, "item") else value for value in values]
 
     def _number(self, value: Any, answer: Answer) -> float:
-        if not isinstance(value, numbers.Real) or not abs(value) <= sys.float_info.max:
+        if not is_finite(value):
             raise RunError(
                 f"{self.name} must return finite numbers, got {value!r:.80} for the response {answer.response!r:.80} to "
                 f"{answer.prompt[-80:]!r}"
             )
         return float(value)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a real number that a float can hold; fractions and numpy's scalars are such numbers too."""
+    return isinstance(value, numbers.Real) and abs(cast(float, value)) <= sys.float_info.max
 
 
 def check_function(options: ScorerOptions) -> None:
