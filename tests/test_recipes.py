@@ -140,9 +140,9 @@ def test_a_conditional_model_answers_a_high_reward_with_a_higher_one_than_a_low_
 
 @pytest.fixture
 def small(tiny, tmp_path) -> list[str]:
-    """Options of a recipe of one small iteration, which keeps a checkpoint of every optimizer step."""
+    """Options of a recipe of one small iteration."""
     prompts, rewards = tmp_path / "prompts.jsonl", tmp_path / "letters.py"
-    prompts.write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(16)))
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(48)))
     rewards.write_text(LETTERS)
     return [
         "--pretrain", str(tiny), "--reward_pretrain", str(rewards), "--dataset", str(prompts), "--rollout_batch_size", "16",
@@ -185,7 +185,7 @@ def interrupt(start, finish) -> Callable[..., int]:
 def test_a_recipe_that_is_ended_in_every_step_ends_as_an_uninterrupted_one(
     recipe, small, interrupt, start, finish, tmp_path
 ):
-    small = [*small, "--save_steps", "1"]
+    small = [*small, "--rollout_batch_size", "48", "--save_steps", "2"]
     history = recipe("rejection-sampling", *small, out=tmp_path / "whole")
     out, gate = tmp_path / "ended", tmp_path / "gate"
     folder = out / "iterations/0"
@@ -196,7 +196,7 @@ def test_a_recipe_that_is_ended_in_every_step_ends_as_an_uninterrupted_one(
 
     assert interrupt(command, written("generate.jsonl.partial.index"), "killed") == -signal.SIGKILL
     assert interrupt(command, gate.is_file, "all killed", GATE=str(gate)) == -signal.SIGKILL
-    assert len((folder / "score.jsonl.scored.jsonl.partial").read_text().splitlines()) in range(1, 32)
+    assert len((folder / "score.jsonl.scored.jsonl.partial").read_text().splitlines()) in range(1, 96)
     assert interrupt(command, written("model/checkpoints/global_step2/manifest.json"), "terminated") == 143
     answer = finish(start(command), 120)
     assert answer.code == 0, answer.err
