@@ -94,6 +94,20 @@ def test_pairs_and_labels_follow_the_marker():
     assert read(row, LabelledOptions()) == [Pair(GENERATED["input"], "the cat sat", rendered="text", complete=False)]
 
 
+def test_a_response_ends_with_the_token_that_the_model_ended_it_with(tokenizer):
+    """Models that end turns with another token than the tokenizer's EOS never draw that one."""
+    assert read(GENERATED | {"stop_token": "<|im_end|>"}) == [
+        Pair(GENERATED["input"], "the cat sat", rendered="text", closing="<|im_end|>")
+    ]
+    chosen, rejected = read(PAIR_ROW | {"chosen_stop_token": "<|im_end|>"}, PairOptions())
+    assert (chosen.closing, rejected.closing) == ("<|im_end|>", "")
+    assert read({"input": "q", "output": "a", "stop_token": "<|im_end|>"}) == [Pair("q", "a")]
+    plain, ended = (one(tokenizer, Pair("where?", "the cat", closing=end)) for end in ("", "<|im_end|>"))
+    added = tokenizer.encode("<|im_end|>", add_special_tokens=False)
+    assert ended.input_ids.tolist() == [*plain.input_ids[:-1], *added, tokenizer.eos_token_id]
+    assert ended.target_mask.sum() == plain.target_mask.sum() + len(added)
+
+
 def test_an_input_template_is_not_applied_to_what_was_written_out(tokenizer):
     plain = one(tokenizer, Pair("where?", "the cat"), input_template="User: {}\\nAssistant: ")
     written = Pair("User: where?\nAssistant: ", "the cat", rendered="text")

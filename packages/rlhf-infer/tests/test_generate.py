@@ -323,6 +323,37 @@ def test_other_rows_or_another_model_make_it_another_job(run, data, engine, monk
         run(path)
 
 
+def test_another_chat_template_makes_it_another_job(run, data, engine, tiny, monkeypatch):
+    run(data(rows(6)), apply_chat_template=True)
+    template = tiny / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text(before.replace("<|assistant|>", "<|user|>"))
+    try:
+        with monkeypatch.context() as patch, pytest.raises(AssertionError, match="an engine was made"):
+            patch.setattr(choose, "make_engine", no_engine)
+            run(data(rows(6)), apply_chat_template=True)
+    finally:
+        template.write_text(before)
+
+
+def test_what_else_lies_in_the_models_folder_is_no_part_of_the_model(tiny):
+    from rlhf_core.cache import model_identity
+
+    before = model_identity(str(tiny), None)
+    (tiny / "recipe.json").write_text("{}")
+    try:
+        assert model_identity(str(tiny), None) == before and "config.json" in before
+    finally:
+        (tiny / "recipe.json").unlink()
+
+
+def test_an_end_token_that_is_not_the_tokenizers_eos_is_kept_apart(run, data, engine, monkeypatch):
+    monkeypatch.setattr(engine, "_draw", lambda seed, sampling: Completion((50, 4), "stop", -1.0, seed))
+    (line,) = run(data(rows(1)))
+    assert line["stop_token"] == "<|assistant|>" and "<|assistant|>" not in line["output"]
+    assert line["output_ids"] == [50, 4]
+
+
 def test_an_output_in_the_models_folder_does_not_make_it_another_model(data, engine, tiny):
     """The recipes of OpenRLHF write there."""
     path, out = data(rows(6)), tiny / "generate.jsonl"
@@ -347,6 +378,7 @@ def test_a_dry_run_checks_and_writes_nothing(tiny, data, monkeypatch, tmp_path, 
 def test_prompts_are_conditioned_on_a_reward_as_training_does_it(run, data, engine, tiny):
     lines = run(data(rows(8)), csft_reward=4.5, input_template="Q: {}")
     assert lines[3]["input"] == f"Q: {rows(8)[3]['prompt']} <rm_score>: 4.50 "
+    assert lines[3]["plain_input"] == f"Q: {rows(8)[3]['prompt']}" and lines[3]["asked_reward"] == 4.5
     encoder = Encoder(load_tokenizer(str(tiny)), EncodeOptions(max_len=64))
     trained = encoder.encode([Pair(line["input"], "tree", rendered=line["rendered"]) for line in lines])
     for (sample,), request in zip(trained, engine.asked, strict=True):

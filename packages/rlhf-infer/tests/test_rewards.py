@@ -293,6 +293,16 @@ def test_an_error_in_a_function_is_reported_with_the_users_own_line(scorer):
         scorer(source).score(GIVEN)
 
 
+def test_a_function_that_needs_what_is_not_there_is_refused(tmp_path):
+    """A server has no rows, a conversation neither rows nor labels."""
+    path = tmp_path / "my_rewards.py"
+    path.write_text("def reward(responses, rows): ...\n\ndef free(responses, rows=None, **more): ...")
+    with pytest.raises(InputError, match=r"needs `rows`, which nobody gives it; .* any of prompts, responses, labels$"):
+        check_scorer(ScorerOptions(pretrain=str(path), missing=("rows",)))
+    check_scorer(ScorerOptions(pretrain=f"{path}:free", missing=("rows",)))
+    check_scorer(ScorerOptions(pretrain=str(path)))
+
+
 @pytest.mark.parametrize(
     ("source", "name", "reason"),
     [

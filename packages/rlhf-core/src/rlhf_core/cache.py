@@ -252,12 +252,13 @@ def cache_key(**parts: Any) -> str:
 
 
 def model_identity(name: str, config: Any) -> dict[str, Any]:
-    """What tells a model from all others, without reading its weights: its files' names, sizes and times; on the Hub, the commit."""
+    """What tells a model from all others, without reading its weights: the names, sizes and times of its weights, configs and
+    code; on the Hub, the commit. What else lies in its folder is no part of it.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         # a name alone may stand for other weights tomorrow: then nothing is found again
         return {"name": name, "commit": getattr(config, "_commit_hash", None) or secrets.token_hex(8)}
-    files = sorted(
-        path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".model", ".py")
-    )
+    parts = (".safetensors", ".bin", ".py", "config.json", ".index.json")
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(parts))
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}

@@ -6,14 +6,17 @@ ones, and targets follow from the lengths of pieces, never from the values of to
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from rlhf_data.config import DataConfig, ResponseDataConfig
-from rlhf_data.continuation import piece_encoders
+from rlhf_data.continuation import backend_json, piece_encoders
 from rlhf_data.errors import InputError
 from rlhf_data.rows import Chat, Conversation, Pair, Rendered, RowError, Text, is_whole_text
 from rlhf_data.templates import NO_PROMPT, ChatTemplate, Piece, as_chat, decode_escapes, plain_pieces
@@ -156,6 +159,19 @@ class Encoder:
             begun = next(ids)
             prompts.append(Prompt(text, begun if rendered == "chat" else self._with_prefix(begun), rendered))
         return prompts
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides ids and written-out texts, besides the options, as JSON; it changes when the tokenizer does."""
+        tokenizer = self._tokenizer
+        body = backend_json(tokenizer) if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        known = json.dumps([type(tokenizer).__name__, special, tokenizer.eos_token_id, body], sort_keys=True)
+        return {
+            "tokenizer": hashlib.blake2b(known.encode(), digest_size=16).hexdigest(),
+            "prefix": self.prefix,
+            "chat_template": self.chat.text if self.chat else None,
+        }
 
     def unwritable(self, texts: Sequence[str]) -> set[str]:
         """Characters of some texts that do not come back from their ids: the model never sees them."""

@@ -27,6 +27,7 @@ class Pair:
         system: comes before the prompt.
         rendered: how the prompt was written out already, so that no template is applied to it; "" if it was not.
         complete: the response is all there; one that was cut off gets no EOS.
+        closing: the token with which a model ended the response, as text, if that is not the tokenizer's EOS.
     """
 
     prompt: str
@@ -34,6 +35,7 @@ class Pair:
     system: str = ""
     rendered: Rendered | Literal[""] = ""
     complete: bool = True
+    closing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,13 @@ def rendered_of(row: Row, prompt_key: str) -> Rendered | Literal[""]:
 def is_complete(row: Row, response_key: str) -> bool:
     """Whether a response is all there: only a marked row can say that it was cut off."""
     return marker_of(row) is None or row.get(FINISH_REASONS.get(response_key, "")) != "length"
+
+
+def closing_of(row: Row, response_key: str) -> str:
+    """What a model ended a response with, of a marked row that says so."""
+    name = FINISH_REASONS.get(response_key, "").replace("finish_reason", "stop_token")
+    closing = row.get(name) if marker_of(row) is not None else None
+    return closing if isinstance(closing, str) else ""
 
 
 def messages_of(row: Row, key: str, needs_reply: bool = True) -> list[Message]:

@@ -15,6 +15,7 @@ from rlhf_data.rows import (
     Row,
     RowError,
     Text,
+    closing_of,
     is_complete,
     marker_of,
     message_of,
@@ -185,7 +186,9 @@ def read_pair(row: Row, prompt_key: str, response_key: str) -> Conversation:
     prompt, response = value_of(row, prompt_key), value_of(row, response_key)
     if not isinstance(prompt, list) and not isinstance(response, list | dict):
         texts = text_of(row, prompt_key), text_of(row, response_key)
-        return Pair(*texts, rendered=rendered_of(row, prompt_key), complete=complete)
+        return Pair(
+            *texts, rendered=rendered_of(row, prompt_key), complete=complete, closing=closing_of(row, response_key)
+        )
     if isinstance(prompt, list):
         before = messages_of(row, prompt_key, needs_reply=False)
     else:

@@ -45,11 +45,12 @@ def decode_escapes(text: str) -> str:
 
 def plain_pieces(pair: Pair, template: str | None) -> list[Piece]:
     """Write a plain prompt through `--input_template` (decoded, with one `{}`); the response follows as it is."""
+    response = Piece(pair.response + pair.closing, True)
     if not pair.prompt:
-        return [Piece(pair.response, True)]
+        return [response]
     prompt = f"{pair.system}\n\n{pair.prompt}" if pair.system else pair.prompt
     # not str.format: a template may hold other braces, and so may the prompt
-    return [Piece(prompt if template is None else template.replace("{}", prompt), False), Piece(pair.response, True)]
+    return [Piece(prompt if template is None else template.replace("{}", prompt), False), response]
 
 
 def read_chat_template(value: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,7 +9,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_data.continuation import backend_json
 from rlhf_data.encode import EncodeOptions, Encoder, Sample
 from rlhf_data.errors import InputError, strict_error
 from rlhf_data.pairs import OTHER_PROMPTS, SAME, PairOptions, compare
@@ -74,23 +72,13 @@ class Tokeniser:
         """The tokenizer with the options that decide ids."""
         return Encoder(self.tokenizer, self.encode)
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        """Hash of everything in the tokenizer that decides ids."""
-        tokenizer, fast = self.tokenizer, self.tokenizer.is_fast
-        body = backend_json(tokenizer) if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        return store_key(kind=type(tokenizer).__name__, special=special, eos=tokenizer.eos_token_id, body=body)
-
     def _key(self, source: Source, max_rows: int | None) -> str:
         encoder = self.encoder  # first: its errors are about the options, not the data
         return store_key(
             name=source.name,  # places in the report name it
             split=source.split,
             content=source.content_key(),
-            tokenizer=self._fingerprint,
-            prefix=encoder.prefix,
-            chat_template=encoder.chat.text if encoder.chat else None,
+            **encoder.identity,
             encode=asdict(self.encode),
             kind=type(self.rows).__name__,
             rows=asdict(self.rows),

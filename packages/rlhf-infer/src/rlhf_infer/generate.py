@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from rlhf_infer.config import EngineName, GenerateConfig
 from rlhf_infer.engines.engine import Completion, Engine, Request, context_of, sample_seed
 from rlhf_infer.output import JobOutput, beside, model_identity
 from rlhf_infer.progress import Bar, Count
-from rlhf_infer.prompts import Prompts
+from rlhf_infer.prompts import Item, Prompts
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Job:
             apply_chat_template=data.apply_chat_template,
             tokenizer_chat_template=data.tokenizer_chat_template,
         ))  # fmt: skip
-        self.has_chat_template = encoder.chat is not None
+        self.encoder = encoder
         self.prompts = Prompts(self.stream, encoder, config, context_of(self.model_config))
         first = next(self.stream.read(0, 1)).conversation
         if not isinstance(first, RowError):
@@ -207,6 +208,7 @@ class Job:
                 versions=versions(self.engine_name),
             )
             output.finish(asdict(summary))
+        shutil.rmtree(beside(self.path, ".partial.prompts"), ignore_errors=True)  # of several engines that were killed
         return summary
 
     def _write(self, engine: Engine | None, tally: Tally) -> None:
@@ -231,16 +233,19 @@ class Job:
                 completions = next(answers, None)
                 if completions is None:
                     raise RunError(f"the engine ended without an answer to {item.row.place}")
-                output.append(list(self._lines(item.row, item.prompt, completions)))
+                output.append(list(self._lines(item, item.prompt, completions)))
                 for completion in completions:
                     tally.add(len(completion.token_ids), completion.finish_reason)
                 bar.advance(1, sum(len(completion.token_ids) for completion in completions))
 
-    def _lines(self, row: StreamedRow, prompt: Prompt, completions: Iterable[Completion]) -> Iterator[dict[str, Any]]:
+    def _lines(self, item: Item, prompt: Prompt, completions: Iterable[Completion]) -> Iterator[dict[str, Any]]:
         """A line of the output for every response to a row."""
         from rlhf_data.continuation import continuation_text
 
+        row = item.row
         messages = self._messages(row)
+        reward = self.config.conditioning.csft_reward
+        asked = {} if reward is None else {"asked_reward": reward, "plain_input": item.plain}
         source = source_columns(row.row, self.config.data.input_key)
         for number, completion in enumerate(completions):
             if not math.isfinite(completion.logp):
@@ -249,7 +254,9 @@ class Job:
                     f"numbers there{' (without --bf16 it may)' if self.config.model.bf16 else ''}"
                 )
             ids = completion.token_ids
-            text = ids[:-1] if completion.finish_reason == "stop" else ids
+            ended = completion.finish_reason == "stop"
+            text = ids[:-1] if ended else ids
+            closing = self.tokenizer.decode(ids[-1:]) if ended and ids[-1] != self.tokenizer.eos_token_id else ""
             yield {
                 "row": row.number,
                 "sample": number,
@@ -257,7 +264,9 @@ class Job:
                 "output": continuation_text(self.tokenizer, prompt.ids, text),
                 "rendered": prompt.rendered,
                 **messages,
+                **asked,
                 "finish_reason": completion.finish_reason,
+                **({"stop_token": closing} if closing else {}),
                 "logp": completion.logp,
                 "seed": completion.seed,
                 "model": self.config.model.pretrain,
@@ -268,7 +277,7 @@ class Job:
     def _messages(self, row: StreamedRow) -> dict[str, Any]:
         """The messages that were asked with, of a row that a chat template wrote out here."""
         conversation = row.conversation
-        if isinstance(conversation, Pair) and self.has_chat_template and not conversation.rendered:
+        if isinstance(conversation, Pair) and self.encoder.chat and not conversation.rendered:
             conversation = as_chat(conversation)
         if not isinstance(conversation, Chat):
             return {}
@@ -296,6 +305,7 @@ class Job:
             "dataset": data.pop("sources"),
             "input_key": data.pop("rows")["input_key"],
             "seed": config.randomness.seed,
+            **self.encoder.identity,
             "bf16": config.model.bf16,
             "disable_fast_tokenizer": config.model.disable_fast_tokenizer,
             "prompt_max_len": config.data.prompt_max_len,

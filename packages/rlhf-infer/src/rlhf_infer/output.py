@@ -293,8 +293,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 def model_identity(name: str, config: Any) -> dict[str, Any]:
     """What tells a model from all others, for a job.
 
-    A model on the Hub without a known commit goes by its name; the records of jobs that write into a model's folder are
-    no part of the model.
+    A model on the Hub without a known commit goes by its name.
 
     Args:
         name: folder or Hub id.
@@ -304,4 +303,4 @@ def model_identity(name: str, config: Any) -> dict[str, Any]:
 
     if not Path(name).expanduser().is_dir() and getattr(config, "_commit_hash", None) is None:
         return {"name": name}
-    return {part: value for part, value in identity(name, config).items() if not part.endswith(".job.json")}
+    return identity(name, config)

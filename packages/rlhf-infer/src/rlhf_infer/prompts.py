@@ -23,6 +23,8 @@ class Item:
 
     row: StreamedRow
     prompt: Prompt | RowError
+    plain: str
+    """The prompt's text without the reward that is asked for."""
 
 
 class Prompts:
@@ -47,10 +49,12 @@ class Prompts:
         rows = self.stream.read(self.start + done, self.stop)
         while block := list(islice(rows, BLOCK)):
             readable = [row.conversation for row in block if not isinstance(row.conversation, RowError)]
-            prompts = iter(self._written(self.encoder.prompts(readable)))
+            plain = self.encoder.prompts(readable)
+            prompts = iter(zip(self._written(plain), plain, strict=True))
             for row in block:
                 reason = row.conversation
-                yield Item(row, self._checked(reason if isinstance(reason, RowError) else next(prompts)))
+                prompt, before = (reason, reason) if isinstance(reason, RowError) else next(prompts)
+                yield Item(row, self._checked(prompt), before.text if isinstance(before, Prompt) else "")
 
     def count(self) -> int:
         """Rows of the slice; a pass over the data."""

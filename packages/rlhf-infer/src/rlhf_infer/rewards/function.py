@@ -203,11 +203,10 @@ def arguments_of(function: Callable[..., Any], options: ScorerOptions) -> tuple[
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise InputError(f"{said}: the function must return its rewards; `async` and `yield` are not awaited")
     parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        taken = ARGUMENTS
-    else:
-        taken = tuple(p.name for p in parameters if p.name in ARGUMENTS and p.kind is not p.POSITIONAL_ONLY)
-    known = f"it is called by name with any of {', '.join(ARGUMENTS)}"
+    taken = offered = tuple(name for name in ARGUMENTS if name not in options.missing)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        taken = tuple(p.name for p in parameters if p.name in offered and p.kind is not p.POSITIONAL_ONLY)
+    known = f"it is called by name with any of {', '.join(offered)}"
     if not taken:
         raise InputError(f"{said}: the function takes none of its arguments; {known}")
     for parameter in parameters:
@@ -215,7 +214,7 @@ def arguments_of(function: Callable[..., Any], options: ScorerOptions) -> tuple[
             parameter.VAR_KEYWORD,
             parameter.VAR_POSITIONAL,
         )
-        if needed and (parameter.name not in ARGUMENTS or parameter.kind is parameter.POSITIONAL_ONLY):
+        if needed and (parameter.name not in offered or parameter.kind is parameter.POSITIONAL_ONLY):
             raise InputError(f"{said}: the function needs `{parameter.name}`, which nobody gives it; {known}")
     return taken
 

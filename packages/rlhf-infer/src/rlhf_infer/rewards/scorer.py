@@ -90,6 +90,8 @@ class ScorerOptions:
     trust_remote_code: bool = False
     max_len: int | None = None
     """Longest sample there will be, in tokens, where it is known."""
+    missing: tuple[str, ...] = ()
+    """Arguments of Python functions that there is nothing for here; a function that cannot do without is refused."""
 
 
 def is_function(name: str) -> bool:

@@ -135,7 +135,7 @@ def scorer_options(config: ServeConfig) -> ScorerOptions:
         pretrain=model.reward_pretrain, option=OPTION, value_head_prefix=model.value_head_prefix,
         normalize_reward=model.normalize_reward, bf16=model.bf16, flash_attn=model.flash_attn,
         micro_batch_size=config.limits.batch_size, trust_remote_code=model.trust_remote_code,
-        max_len=config.limits.max_len,
+        max_len=config.limits.max_len, missing=("rows",),
     )  # fmt: skip
 
 

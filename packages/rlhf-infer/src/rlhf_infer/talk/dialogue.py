@@ -60,7 +60,7 @@ class Dialogue:
     def save(self, path: Path) -> None:
         """Append the conversation to a JSON lines file, as a row that `rlhf train sft --apply_chat_template` reads.
 
-        A last answer that was cut or stopped is marked, so that training does not end it.
+        A last answer that was cut or stopped is marked (`finish_reason`), for people: training ends every answer of such rows.
 
         Raises:
             InputError: nothing was said, or the file cannot be written.

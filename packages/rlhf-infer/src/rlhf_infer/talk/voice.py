@@ -122,6 +122,7 @@ def scorer_of(config: ChatConfig, limit: int) -> ScorerOptions | None:
         bf16=config.bf16 and not is_function(config.reward_pretrain),
         trust_remote_code=config.trust_remote_code and not is_function(config.reward_pretrain),
         max_len=limit,
+        missing=("labels", "rows"),
     )
 
 
