@@ -202,6 +202,67 @@ def test_every_row_comes_out_once_in_order_with_the_reason_where_it_has_no_rewar
         run(rows, max_len=64, strict_data=True, output_path=str(tmp_path / "strict.jsonl"))
 
 
+def test_a_reward_model_with_another_template_leaves_the_prompts_of_the_policy_as_they_are(run, tmp_path):
+    """What is trained on is what the policy was asked with, byte for byte, whatever the reward model was given."""
+    ask = [{"role": "user", "content": "say red"}]
+    rows = [row | {"input": "<POLICY>say red<BOT>", "rendered": "chat", "messages": ask} for row in generated(6)]
+    keys = {"input_key": "messages", "output_key": "output", "apply_chat_template": True}
+    for number, processor in enumerate((None, "rs", "iter_dpo", "csft")):
+        run(
+            rows,
+            output_path=str(tmp_path / f"{number}.jsonl"),
+            **keys,
+            **({"post_processor": processor} if processor else {}),
+        )
+        for line in read(tmp_path / f"{number}.jsonl"):
+            assert (
+                line.get("input", line.get("prompt")).startswith("<POLICY>say red<BOT>") and line["rendered"] == "chat"
+            )
+    plain = run(rows, output_path=str(tmp_path / "plain.jsonl"))
+    assert plain.mean != pytest.approx(run(rows, output_path=str(tmp_path / "other.jsonl"), **keys).mean, rel=1e-4)
+
+
+def test_a_prompt_that_asked_for_a_reward_is_scored_without_it(run, tmp_path):
+    rows = generated(6)
+    run(rows, output_path=str(tmp_path / "plain.jsonl"))
+    asked = [
+        row | {"input": f"{row['input']} <rm_score>: 2.00 ", "plain_input": row["input"], "asked_reward": 2.0}
+        for row in rows
+    ]
+    run(asked, output_path=str(tmp_path / "asked.jsonl"))
+    for one, other in zip(read(tmp_path / "plain.jsonl"), read(tmp_path / "asked.jsonl"), strict=True):
+        assert (one["reward"], one["input"]) == (other["reward"], other["input"]) and other["asked_reward"] == 2.0
+
+
+def test_a_file_whose_first_row_was_dropped_can_be_read_again(run, tmp_path):
+    rows = generated(6)
+    rows[0]["output"] = ""
+    run(rows)
+    first = read(tmp_path / "out.jsonl")[0]
+    assert first["reward"] is None and first["input"] == rows[0]["input"] and first["source"] == rows[0]["source"]
+    assert run(dataset=str(tmp_path / "out.jsonl"), output_path=str(tmp_path / "again.jsonl")).scored == 5
+
+
+def test_a_job_that_was_killed_within_a_window_computes_the_same_rows_together(run, tmp_path, monkeypatch):
+    """Who is computed with whom decides the last bits of a reward."""
+    run(generated(40), micro_batch_size=16)
+    whole, job = (tmp_path / "out.jsonl").read_bytes(), json.loads((tmp_path / "out.jsonl.job.json").read_text())
+    lines = whole.splitlines(keepends=True)
+    for done in (1, 7, 39):
+        (tmp_path / "out.jsonl").unlink()
+        (tmp_path / "out.jsonl.job.json").unlink()
+        (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:done]))
+        ends = [sum(map(len, lines[: n + 1])) for n in range(done)]
+        (tmp_path / "out.jsonl.partial.index").write_text("".join(f"[{end}, null]\n" for end in ends))
+        (tmp_path / "out.jsonl.partial.job.json").write_text(json.dumps({"job": job["job"], "replaces": False}))
+        asked = []
+        judge = model_rewards.ModelScorer.judge
+        with monkeypatch.context() as patch:
+            patch.setattr(model_rewards.ModelScorer, "judge", lambda self, a: asked.append(len(a)) or judge(self, a))
+            run(generated(40), micro_batch_size=16)
+        assert asked == [40] and (tmp_path / "out.jsonl").read_bytes() == whole
+
+
 def test_a_job_that_stopped_in_the_middle_goes_on_and_gives_the_same_bytes(run, tmp_path, monkeypatch):
     rows = generated(70)
     rows[2]["output"] = ""

@@ -18,6 +18,9 @@ from rlhf_infer.config import ProcessorConfig
 
 Row = dict[str, Any]
 
+READ = ("input", "output", "rendered", "finish_reason", "stop_token", "reward", "row")
+"""What is read of a scored row: all that has to be held of the rows of a file."""
+
 ALONE, EQUAL, SAME = "a single response", "equal rewards", "the same text"
 """Why a prompt makes no pair."""
 
@@ -37,9 +40,7 @@ def by_prompt(rows: Iterable[Row]) -> list[list[Row]]:
 
 def response(row: Row, prompt: str | None = None) -> Row:
     """A row to fine-tune on, with another prompt if one is given."""
-    kept = {
-        name: row[name] for name in ("input", "output", "rendered", "finish_reason", "reward", "row") if name in row
-    }
+    kept = {name: row[name] for name in READ if name in row}
     return kept if prompt is None else kept | {"input": prompt}
 
 
@@ -49,8 +50,7 @@ def pair(better: Row, worse: Row) -> Row:
     made["rendered"] = better["rendered"]
     made |= {"chosen_reward": better["reward"], "rejected_reward": worse["reward"], "margin": margin(better, worse)}
     for side, row in (("chosen", better), ("rejected", worse)):
-        if "finish_reason" in row:
-            made[f"{side}_finish_reason"] = row["finish_reason"]
+        made |= {f"{side}_{name}": row[name] for name in ("finish_reason", "stop_token") if name in row}
     return made | {"row": better["row"]}
 
 

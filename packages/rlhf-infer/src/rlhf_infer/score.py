@@ -34,9 +34,11 @@ from rlhf_infer.rewards.responses import (
     ResponseOptions,
     Responses,
     identity_of,
+    plain_input,
     prompt_messages,
     source_columns,
     tokens_of,
+    unscored,
 )
 from rlhf_infer.rewards.scorer import (
     Answer,
@@ -201,7 +203,7 @@ class Job:
         self.stream = RowStream(data, rows, config.randomness.seed)
         options = replace(encode_options_of(data), max_len=self.max_len)
         encoder = Encoder(tokenizer, options) if tokenizer else None
-        self.has_chat_template = bool(encoder and encoder.chat)
+        self.encoder = encoder
         self.responses = Responses(self.stream, data, encoder)
         first = next(self.stream.read(0, 1)).conversation
         if encoder and not isinstance(first, RowError):
@@ -279,28 +281,30 @@ class Job:
             self.scored_now = scorer is not None
             start = time.perf_counter()
             with Bar("score", "rows", output.done, self.count) as bar:
-                for window in self.responses.windows(self._window, output.done):
-                    self._append(output, window, scorer)
+                skipped = output.done % self._window  # the same rows are computed together as without a break
+                for window in self.responses.windows(self._window, output.done - skipped):
+                    self._append(output, window, scorer, skipped)
                     computed = sum(tokens_of(item) for item in window)
-                    rows, tokens = rows + len(window), tokens + computed
-                    bar.advance(len(window), computed)
+                    rows, tokens = rows + len(window) - skipped, tokens + computed
+                    bar.advance(len(window) - skipped, computed)
+                    skipped = 0
             seconds = time.perf_counter() - start
             if scorer:
                 scorer.close()
         per_second = 1 / seconds if seconds else 0.0
         return Pace(seconds, rows * per_second, tokens * per_second)
 
-    def _append(self, output: JobOutput, window: list[Item], scorer: Scorer | None) -> None:
-        """Score a window of rows and write it."""
+    def _append(self, output: JobOutput, window: list[Item], scorer: Scorer | None, skipped: int) -> None:
+        """Score a window of rows and write it, but for the first ones, `skipped` of them, which are written already."""
         answers = [item.answer for item in window if isinstance(item.answer, Answer)]
         if answers and scorer is None:
             raise RunError("--dataset has changed while it was read: run the same command again")
         judged = scorer.judge(answers) if scorer else Judgement([])
-        number = 0
-        for item in window:
+        number = sum(isinstance(item.answer, Answer) for item in window[:skipped])
+        for item in window[skipped:]:
             if isinstance(item.answer, RowError):
                 reason = str(item.answer)
-                output.append([identity_of(item.row) | {"reward": None, "dropped": reason}], reason, item.row.place)
+                output.append([unscored(item.row, reason)], reason, item.row.place)
                 continue
             if not math.isfinite(judged.rewards[number]):
                 raise RunError(
@@ -318,8 +322,14 @@ class Job:
         """A scored row."""
         line = identity_of(item.row) | {"input": answer.prompt, "output": answer.response, "rendered": item.rendered}
         if isinstance(item.row.conversation, Pair | Chat):
-            line |= prompt_messages(item.row.conversation, self.has_chat_template)
+            line |= prompt_messages(item.row.conversation, bool(self.encoder and self.encoder.chat))
         given = item.row.row if marker_of(item.row.row) is not None else {}
+        if "input" in given and "output" in given:  # what the policy saw and wrote, whatever the reward model was given
+            line |= {
+                "input": plain_input(given, given["input"]),
+                "output": given["output"],
+                "rendered": given["rendered"],
+            }
         if "finish_reason" in given:
             line["finish_reason"] = given["finish_reason"]
         line["reward"] = reward
@@ -338,9 +348,10 @@ class Job:
         Returns:
             A report.
         """
-        from rlhf_infer.processors import process
+        from rlhf_infer.processors import READ, process
 
-        made, report = process(list(scored.rows()), self.config.processor)
+        rows = [{name: row[name] for name in READ if name in row} for row in scored.rows()]
+        made, report = process(rows, self.config.processor)
         fill(last, iter(made))
         return report
 
@@ -386,7 +397,10 @@ class Job:
         self.max_len = min(config.data.max_len, context)
         self.calibration = None
         if config.reward.normalize_reward and not config.reward.calibrate:
-            calibration = Calibration.of(self.model_config, name)
+            try:
+                calibration = Calibration.of(self.model_config, name)
+            except InputError as error:
+                raise InputError(f"{error}; or take those of this data with --calibrate") from None
             self.calibration = {"mean": calibration.mean, "std": calibration.std}
         return tokenizer
 
@@ -414,13 +428,14 @@ class Job:
             "seed": config.randomness.seed,
             **data,
         }
-        if self.by_function:
+        if self.encoder is None:
             return job | {"pretrain": [config.model.pretrain, source_of(config.model.pretrain)]}
         return job | {
             "pretrain": [config.model.pretrain, model_identity(config.model.pretrain, self.model_config)],
             "value_head_prefix": self.head,
             "bf16": config.model.bf16,
             "disable_fast_tokenizer": config.model.disable_fast_tokenizer,
+            **self.encoder.identity,
             "max_len": self.max_len,
             "reward_engine": config.reward.reward_engine,
             "normalize_reward": self.calibration,

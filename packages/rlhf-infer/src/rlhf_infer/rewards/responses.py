@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -16,6 +16,9 @@ from rlhf_data.stream import RowStream, StreamedRow
 from rlhf_data.templates import as_chat, decode_escapes, plain_pieces
 from rlhf_infer.generate import as_json
 from rlhf_infer.rewards.scorer import Answer
+
+KEPT = ("input", "output", "rendered", "messages", "finish_reason", "source")
+"""What is kept of a generated row that cannot be scored, so that the rows of a file are alike."""
 
 CHECKED = 64
 """Rows that are read at a time to see whether any can be scored."""
@@ -87,7 +90,7 @@ class Responses:
         return left
 
     def _items(self, block: list[StreamedRow]) -> list[Item]:
-        read: list[Pair | Chat | RowError] = [self._read(row.conversation) for row in block]
+        read: list[Pair | Chat | RowError] = [self._read(row) for row in block]
         readable = [conversation for conversation in read if not isinstance(conversation, RowError)]
         written = iter(self._written(readable))
         return [
@@ -95,13 +98,18 @@ class Responses:
             for row, found in zip(block, read, strict=True)
         ]
 
-    def _read(self, conversation: Conversation | RowError) -> Pair | Chat | RowError:
-        """The conversation up to its reply."""
+    def _read(self, row: StreamedRow) -> Pair | Chat | RowError:
+        """The conversation up to its reply; without the reward that its prompt asked for."""
+        conversation: Conversation | RowError = row.conversation
         if isinstance(conversation, RowError):
             return conversation
         assert not isinstance(conversation, Text)
         if isinstance(conversation, Pair):
-            return conversation
+            return (
+                replace(conversation, prompt=plain_input(row.row, conversation.prompt))
+                if conversation.rendered
+                else conversation
+            )
         if self.encoder is None:
             return RowError(
                 "the row holds chat messages, which a Python function has no template for: give it what `rlhf generate` wrote"
@@ -152,6 +160,19 @@ def identity_of(row: StreamedRow) -> dict[str, Any]:
     given = row.row if marker_of(row.row) is not None or row.row.get("reward", 0) is None else {}
     number = given.get("row", row.number)
     return {"row": as_json(number)} | ({"sample": as_json(given["sample"])} if "sample" in given else {})
+
+
+def plain_input(row: Row, written: str) -> str:
+    """The prompt of a row that is `written` out, without the reward that it asked for."""
+    plain = row.get("plain_input")
+    return plain if isinstance(plain, str) else written
+
+
+def unscored(row: StreamedRow, reason: str) -> dict[str, Any]:
+    """The line of a row that has no reward; of a generated one with what identifies it as such."""
+    given = row.row if marker_of(row.row) is not None else {}
+    kept = {name: as_json(given[name]) for name in KEPT if name in given}
+    return identity_of(row) | kept | {"reward": None, "dropped": reason}
 
 
 def label_of(row: Row) -> Any:
