@@ -42,6 +42,9 @@ if [ -f $ITER_LOG_PATH ]; then
    iter=$(cat $ITER_LOG_PATH)
 fi
 
+# Without a log every start begins at iteration 0, also where a later one was killed: what that left is thrown away
+ANEW=$(if [[ "$ITER_LOG_PATH" == "null" ]]; then echo --overwrite; fi)
+
 while (($iter < $TRAINING_ITERS)); do
    echo "Iter: $iter"
    # Use latest model if past first iteration
@@ -62,6 +65,7 @@ infer \
    $ENGINE_OPTIONS \
    --iter $iter \
    --rollout_batch_size $ROLLOUT_BATCH_SIZE \
+   $ANEW \
    --output_path $GENERATE_OUTPUT
 EOF
    echo $generate_commands
@@ -79,6 +83,7 @@ infer \
    --zero_stage 0 \
    --post_processor iter_dpo \
    --micro_batch_size 4 \
+   $ANEW \
    --output_path $RM_OUTPUT
 EOF
    echo $get_rewards_commands

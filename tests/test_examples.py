@@ -46,7 +46,7 @@ def run(place, tmp_path_factory):
 
     def start(*command: str, **extra: str) -> str:
         done = subprocess.run(
-            command, cwd=place, env=environment | extra, capture_output=True, text=True, timeout=180, check=False
+            command, cwd=place, env=environment | extra, capture_output=True, text=True, timeout=280, check=False
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
@@ -227,6 +227,12 @@ def test_rejection_sampling_runs_with_vllm_and_goes_on_from_its_log(run, replay,
     shown = replay("bash", str(EXAMPLES / "rejection_sampling.sh"), TRAINING_ITERS="2", **WITHOUT_VLLM, **SMALL)
     assert "model:     quickstart/examples/rejection" in shown and "iteration 1 of 16 each" in shown
     assert (folder / "iter.log").read_text() == "2\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_iterative_dpo_runs_with_vllm(run, scored):
+    shown = run("bash", str(EXAMPLES / "iterative_dpo.sh"), TRAINING_ITERS="1", OUT="quickstart/examples/vllm", **SMALL)
+    assert "engine:    vllm" in shown and there(scored / "examples/vllm/checkpoint") >= MODEL
 
 
 def test_iterative_dpo_trains_on_the_best_against_the_worst(replay, scored, metrics):

@@ -121,6 +121,7 @@ def steps(monkeypatch) -> Steps:
     steps = Steps()
     monkeypatch.setattr(loop, "execute", steps)
     monkeypatch.setattr(loop, "check", lambda config, started: None)
+    monkeypatch.setattr(loop, "longest_prompt", lambda config: 64)
     monkeypatch.setattr(loop, "picture", lambda recipe, history, path: None)
     return steps
 
@@ -318,7 +319,10 @@ def test_training_with_checkpoints_goes_on_from_them_and_they_go_with_the_iterat
     loop.run("rejection-sampling", config("rejection-sampling", save_steps=1, ckpt_path=folder, use_tensorboard="tb"))
     training = steps.options[5]
     assert training["load_checkpoint"] is True and training["use_tensorboard"] == "./tb/iteration-1"
-    assert training.get("ckpt_path") == (f"{folder}/iteration-1" if elsewhere else None)
+    if elsewhere:
+        assert Path(training["ckpt_path"]).match("checkpoints/recipe-*/iteration-1"), "recipes may share a folder"
+    else:
+        assert "ckpt_path" not in training
     assert not list(tmp_path.rglob("global_step1"))
 
 
@@ -471,8 +475,25 @@ def test_what_cannot_be_is_refused(config, options, said):
     ("name", "options", "said"),
     [
         ("rejection-sampling", {"engine": "transformers", "tp_size": 2}, "--tp_size is for vLLM"),
-        ("rejection-sampling", {"reward_pretrain": "OUT/model"}, "--reward_pretrain .* is in --save_path"),
-        ("rejection-sampling", {"pretrain": "OUT/model"}, "--pretrain .* is in --save_path"),
+        ("rejection-sampling", {"reward_pretrain": "OUT/model"}, r"--reward_pretrain .* is \(in\) --save_path"),
+        ("rejection-sampling", {"pretrain": "OUT/model"}, r"--pretrain .* is \(in\) --save_path"),
+        ("rejection-sampling", {"pretrain": "OUT"}, r"--pretrain .* is \(in\) --save_path"),
+        (
+            "rejection-sampling",
+            {"pretrain": "TINY", "reward_pretrain": "TINY", "reward_engine": "vllm", "reward_zero_stage": 3},
+            "--reward_zero_stage 3: --reward_engine vllm runs in one process",
+        ),
+        ("rejection-sampling", {"pretrain": "TINY", "reward_pretrain": "TINY"}, "--reward_pretrain .* no reward head"),
+        (
+            "rejection-sampling",
+            {"pretrain": "TINY", "reward_pretrain": "REWARD", "max_len": 1024},
+            "--max_len 1024: --reward_pretrain .* takes 256 tokens",
+        ),
+        (
+            "rejection-sampling",
+            {"pretrain": "TINY", "reward_pretrain": "REWARD", "normalize_reward": True},
+            "--normalize_reward: .* with --calibrate",
+        ),
         (
             "rejection-sampling",
             {"pretrain": "TINY", "reward_zero_stage": 3},
@@ -498,8 +519,11 @@ def test_what_cannot_be_is_refused(config, options, said):
 def test_what_no_step_could_do_is_refused_before_the_first(config, name, options, said, tmp_path):
     (tmp_path / "out/model").mkdir(parents=True)
     tiny_model(tmp_path / "TINY")
+    reward_model(tmp_path / "TINY", tmp_path / "REWARD")
     options = {
-        key: value.replace("OUT", str(tmp_path / "out")).replace("TINY", str(tmp_path / "TINY"))
+        key: value.replace("OUT", str(tmp_path / "out"))
+        .replace("TINY", str(tmp_path / "TINY"))
+        .replace("REWARD", str(tmp_path / "REWARD"))
         if isinstance(value, str)
         else value
         for key, value in options.items()
@@ -513,6 +537,23 @@ def tiny_model(folder: Path) -> None:
     from rlhf_core.tiny import make_model, make_tokenizer
 
     make_model(make_tokenizer(["a story of a cat"], folder, vocab_size=300), folder, hidden_size=32)
+
+
+def reward_model(base: Path, folder: Path) -> None:
+    """A reward model without statistics, made of a language model."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, problem_type="regression").save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def test_scoring_with_vllm_leaves_the_ranks_to_training(config):
+    step = iteration(config("rejection-sampling", num_procs=2, reward_engine="vllm", reward_pretrain="some/reward"), 0)[
+        1
+    ]
+    assert "num_procs" not in step.options and step.check().reward.reward_engine == "vllm"
 
 
 def test_a_recipe_does_not_start_on_ranks(config, monkeypatch):

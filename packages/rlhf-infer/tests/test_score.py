@@ -245,6 +245,12 @@ def test_a_file_whose_first_row_was_dropped_can_be_read_again(run, tmp_path):
 
 def test_a_job_that_was_killed_within_a_window_computes_the_same_rows_together(run, tmp_path, monkeypatch):
     """Who is computed with whom decides the last bits of a reward."""
+    judge, asked = model_rewards.ModelScorer.judge, []
+
+    def counting(self, answers):
+        asked.append(len(answers))
+        return judge(self, answers)
+
     run(generated(40), micro_batch_size=16)
     whole, job = (tmp_path / "out.jsonl").read_bytes(), json.loads((tmp_path / "out.jsonl.job.json").read_text())
     lines = whole.splitlines(keepends=True)
@@ -255,12 +261,10 @@ def test_a_job_that_was_killed_within_a_window_computes_the_same_rows_together(r
         ends = [sum(map(len, lines[: n + 1])) for n in range(done)]
         (tmp_path / "out.jsonl.partial.index").write_text("".join(f"[{end}, null]\n" for end in ends))
         (tmp_path / "out.jsonl.partial.job.json").write_text(json.dumps({"job": job["job"], "replaces": False}))
-        asked = []
-        judge = model_rewards.ModelScorer.judge
         with monkeypatch.context() as patch:
-            patch.setattr(model_rewards.ModelScorer, "judge", lambda self, a: asked.append(len(a)) or judge(self, a))
+            patch.setattr(model_rewards.ModelScorer, "judge", counting)
             run(generated(40), micro_batch_size=16)
-        assert asked == [40] and (tmp_path / "out.jsonl").read_bytes() == whole
+        assert asked.pop() == 40 and not asked and (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_a_job_that_stopped_in_the_middle_goes_on_and_gives_the_same_bytes(run, tmp_path, monkeypatch):

@@ -380,27 +380,11 @@ class Job:
 
     def _check_model(self) -> Any:
         """Make sure that model, tokenizer and samples fit each other; returns the tokenizer."""
-        from rlhf_core.models.reward import Calibration
-        from rlhf_core.vocabulary import check_vocabulary
-
         config = self.config
-        options = scorer_options(config)
-        self.model_config, self.head = architecture(options)
-        name = config.model.pretrain
-        tokenizer = tokenizer_of(options, slow=config.model.disable_fast_tokenizer)
-        check_vocabulary("--pretrain", name, self.model_config, len(tokenizer))
-        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or config.data.max_len
-        if context < config.data.max_len and "max_len" in config.data.model_fields_set:
-            raise InputError(
-                f"--max_len {config.data.max_len}: --pretrain {name} takes {context} tokens; give --max_len {context} or less"
-            )
-        self.max_len = min(config.data.max_len, context)
+        self.model_config, self.head, tokenizer, self.max_len = check_reading(config, scorer_options(config))
         self.calibration = None
         if config.reward.normalize_reward and not config.reward.calibrate:
-            try:
-                calibration = Calibration.of(self.model_config, name)
-            except InputError as error:
-                raise InputError(f"{error}; or take those of this data with --calibrate") from None
+            calibration = statistics(self.model_config, config.model.pretrain)
             self.calibration = {"mean": calibration.mean, "std": calibration.std}
         return tokenizer
 
@@ -462,11 +446,42 @@ class Job:
         return size if self.by_function else LOOK_AHEAD * size * self.world_size
 
 
-def architecture(options: ScorerOptions) -> tuple[Any, str]:
-    """The config of a reward model, and the name of its head."""
+def check_reading(config: ScoreConfig, options: ScorerOptions) -> tuple[Any, str, Any, int]:
+    """Make sure that a reward model, its tokenizer and the samples fit each other, without its weights.
+
+    Returns:
+        The model's architecture, the name of its head, its tokenizer, and the longest sample in tokens.
+
+    Raises:
+        InputError: they do not.
+    """
+    from rlhf_core.vocabulary import check_vocabulary
     from rlhf_infer.rewards.model import check_reward_model, model_head
 
-    return check_reward_model(options), model_head(options)
+    architecture, head = check_reward_model(options), model_head(options)
+    tokenizer = tokenizer_of(options, slow=config.model.disable_fast_tokenizer)
+    check_vocabulary(options.option, options.pretrain, architecture, len(tokenizer))
+    wanted = config.data.max_len
+    context = getattr(architecture.get_text_config(), "max_position_embeddings", None) or wanted
+    if context < wanted and "max_len" in config.data.model_fields_set:
+        raise InputError(
+            f"--max_len {wanted}: {options.option} {options.pretrain} takes {context} tokens; give --max_len {context} or less"
+        )
+    return architecture, head, tokenizer, min(wanted, context)
+
+
+def statistics(architecture: Any, name: str) -> Any:
+    """The calibration that a reward model was saved with.
+
+    Raises:
+        InputError: it has none.
+    """
+    from rlhf_core.models.reward import Calibration
+
+    try:
+        return Calibration.of(architecture, name)
+    except InputError as error:
+        raise InputError(f"{error}; or take those of this data with --calibrate") from None
 
 
 def source_of(name: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from rlhf_cli.recipes.report import (
     scored_file,
 )
 from rlhf_cli.recipes.state import State, locked, write
-from rlhf_cli.recipes.steps import Step, ask, iteration, iteration_folder, shown
+from rlhf_cli.recipes.steps import Step, ask, checkpoints_of, iteration, iteration_folder, score, shown
 from rlhf_core.config import TrainConfig
 from rlhf_data.errors import InputError, RunError
+from rlhf_infer.config import ScoreConfig
 
 PERCENTILES = (10, 90)
 """Of the rewards in the data: what a conditional model is asked for."""
@@ -112,9 +114,9 @@ def check_outside(config: RecipeConfig) -> None:
         "ref_pretrain": reference and reference.ref_pretrain,
     }
     for option, name in models.items():
-        if name and Path(name).exists() and folder in Path(name).resolve().parents:
+        if name and Path(name).exists() and folder in (Path(name).resolve(), *Path(name).resolve().parents):
             raise InputError(
-                f"--{option} {name} is in --save_path {folder}, whose models are replaced: copy it elsewhere"
+                f"--{option} {name} is (in) --save_path {folder}, where models come and go: give another --save_path, or copy the model elsewhere"
             )
 
 
@@ -144,11 +146,14 @@ def check_ask(config: ConditionalSFTConfig) -> None:
 
 
 def check_rewards(config: Any) -> None:
-    """Find out whether there is such a reward model or function, and whether the options fit it."""
-    from rlhf_infer.rewards.scorer import ScorerOptions, check_scorer, is_function
+    """Find out whether there is such a reward model or function, and whether the options of scoring fit it."""
+    from rlhf_infer.rewards.scorer import check_scorer, is_function
+    from rlhf_infer.score import check_parallel, check_reading, scorer_options, statistics
 
-    recipe, by_model = config.recipe, not is_function(config.recipe.reward_pretrain)
-    if not by_model:
+    recipe, scoring = config.recipe, score(config, 0).check()
+    assert isinstance(scoring, ScoreConfig)
+    options = replace(scorer_options(scoring), option="--reward_pretrain")
+    if is_function(recipe.reward_pretrain):
         named = f"--reward_pretrain {recipe.reward_pretrain} is a Python function"
         if recipe.reward_zero_stage:
             raise InputError(
@@ -156,17 +161,17 @@ def check_rewards(config: Any) -> None:
             )
         if recipe.normalize_reward and not recipe.calibrate:
             raise InputError(f"--normalize_reward: {named}, which has no statistics: give --calibrate with it")
-    check_scorer(
-        ScorerOptions(
-            pretrain=recipe.reward_pretrain,
-            option="--reward_pretrain",
-            reward_engine=recipe.reward_engine,
-            value_head_prefix=recipe.value_head_prefix,
-            normalize_reward=recipe.normalize_reward and not recipe.calibrate,
-            bf16=config.model.bf16 and by_model,
-            trust_remote_code=config.model.trust_remote_code and by_model,
+        check_scorer(options)
+        return
+    if recipe.reward_zero_stage and recipe.reward_engine == "vllm":
+        raise InputError(
+            f"--reward_zero_stage {recipe.reward_zero_stage}: --reward_engine vllm runs in one process: leave one of them out"
         )
-    )
+    check_parallel(scoring)
+    check_scorer(options)
+    architecture, *_ = check_reading(scoring, options)
+    if recipe.normalize_reward and not recipe.calibrate:
+        statistics(architecture, recipe.reward_pretrain)
 
 
 def commands(config: RecipeConfig) -> list[str]:
@@ -270,9 +275,9 @@ class Recipe:
             return []
         prompts = first_prompts(scored_file(folder), config.recipe.ask_prompts)
         write_rows(folder / "prompts.jsonl", prompts)
-        answers = []
+        answers, longest = [], longest_prompt(config)
         for number, reward in enumerate(config.recipe.ask_rewards or percentiles(scored_file(folder))):
-            writing, scoring = ask(config, number, reward)
+            writing, scoring = ask(config, number, reward, longest)
             self.do(writing)
             if scoring.name not in self.state.done:
                 written = rows_of(folder / f"ask-{number}-generate.jsonl")
@@ -295,7 +300,7 @@ class Recipe:
             folder = iteration_folder(self.config, number)
             leftovers = [folder / "cache", folder / "model/checkpoints", folder / "adapter/checkpoints"]
             if saving.ckpt_path:
-                leftovers.append(Path(saving.ckpt_path) / f"iteration-{number}")
+                leftovers.append(Path(checkpoints_of(self.config, number)))
             if number < newest and not getattr(self.config.recipe, "keep_models", False):  # type: ignore[attr-defined]
                 leftovers += [
                     path for name in ("model", "adapter") for path in (folder / name).glob("*") if path.name != RECORD
@@ -331,6 +336,15 @@ def first_prompts(scored: Path, most: int) -> list[dict[str, Any]]:
         if len(found) == most:
             break
     return list(found.values())
+
+
+def longest_prompt(config: ConditionalSFTConfig) -> int:
+    """The longest prompt that the model was trained with and has room to answer, in tokens."""
+    from rlhf_core.models.load import load_model_config
+    from rlhf_infer.engines.engine import context_of
+
+    context = context_of(load_model_config(config.model))
+    return min(config.data.max_len, context - 1) if context else config.data.max_len
 
 
 def unasked(row: dict[str, Any], prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def scorer(config: RecipeConfig) -> dict[str, Any]:
         "zero_stage": recipe.reward_zero_stage or None,
         "flash_attn": config.given().get("flash_attn"),
     }
+    if recipe.reward_engine == "vllm":
+        own["num_procs"] = None  # it runs in one process
     return own | dict.fromkeys(FOR_MODELS) if is_function(recipe.reward_pretrain) else own
 
 
@@ -119,7 +122,7 @@ def training(config: RecipeConfig, number: int) -> list[Step]:
         "tokenizer_chat_template": config.data.tokenizer_chat_template,  # type: ignore[attr-defined]
         "data_cache_dir": local(folder / "cache"),
         "save_path": trained,
-        "ckpt_path": saving.ckpt_path and local(Path(saving.ckpt_path) / f"iteration-{number}"),
+        "ckpt_path": saving.ckpt_path and checkpoints_of(config, number),
         "load_checkpoint": saving.save_steps > 0 or None,
         "use_tensorboard": log.use_tensorboard and local(Path(log.use_tensorboard) / f"iteration-{number}"),
         "wandb_run_name": log.wandb_run_name and f"{log.wandb_run_name}-{number}",
@@ -135,6 +138,12 @@ def training(config: RecipeConfig, number: int) -> list[Step]:
     return steps
 
 
+def checkpoints_of(config: RecipeConfig, number: int) -> str:
+    """Where an iteration keeps its checkpoints under `--ckpt_path`, which several recipes may share."""
+    own = hashlib.blake2b(str(Path(config.checkpoint.save_path).resolve()).encode(), digest_size=4).hexdigest()
+    return local(Path(config.checkpoint.ckpt_path or "") / f"recipe-{own}" / f"iteration-{number}")
+
+
 def reference_of(config: IterativeDPOConfig) -> str | None:
     """The reference stays the first policy through all iterations; some losses have none."""
     if config.reference.ref_pretrain is None and config.preference.kind in REFERENCE_FREE:
@@ -142,13 +151,21 @@ def reference_of(config: IterativeDPOConfig) -> str | None:
     return config.reference.ref_pretrain or config.model.pretrain
 
 
-def ask(config: ConditionalSFTConfig, number: int, reward: float) -> tuple[Step, Step]:
-    """Ask the trained model for responses of a reward, and score these as answers to the prompt without it."""
+def ask(config: ConditionalSFTConfig, number: int, reward: float, longest: int | None = None) -> tuple[Step, Step]:
+    """Ask the trained model for responses of a reward, and score these as answers to the prompt without it.
+
+    Args:
+        config: the recipe.
+        number: which of the rewards that are asked for.
+        reward: what is asked for.
+        longest: the longest prompt to ask with, in tokens.
+    """
     folder = iteration_folder(config, 0)
     writing = {
         "pretrain": local(folder / "model"),
         "dataset": local(folder / "prompts.jsonl"),
         "csft_reward": reward,
+        "prompt_max_len": longest,
         "reward_template": config.conditioning.reward_template,
         "output_path": local(folder / f"ask-{number}-generate.jsonl"),
     }
