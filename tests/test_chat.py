@@ -149,10 +149,13 @@ class Terminal:
 
     def __init__(self, command, folder):
         self.end, theirs = pty.openpty()
+        # tests that run in the background ignore Ctrl-C, and would hand that on
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, start_new_session=True,
-            env=os.environ | {"TERM": "dumb"},
+            env=os.environ | {"TERM": "dumb"}
         )  # fmt: skip
+        signal.signal(signal.SIGINT, before)
         os.close(theirs)
         self.seen = ""
 

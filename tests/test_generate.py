@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +141,34 @@ def make_mortal(mark: Path, config: GenerateConfig) -> Mortal:
     return Mortal(make_engine(config, *describe_model(config)), mark)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_two_engines_on_ray_of_which_one_dies_write_what_one_engine_writes(generate, rlhf, tmp_path, monkeypatch):
-    cloudpickle = pytest.importorskip("ray").cloudpickle
-    monkeypatch.setenv("RAY_ADDRESS", "local")
+def run_with_mortals(mark: str, *arguments: str) -> None:
+    """`rlhf` with those arguments, in a process of its own: Ray forks, and this file is not a module that it could import."""
+    from ray import cloudpickle
+
+    from rlhf_cli.main import main
+
+    import_module("rlhf_infer.generate").make_copy = partial(make_mortal, Path(mark))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    sys.argv = ["rlhf", *arguments]
+    main()
+
+
+RUN = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("mortals", sys.argv[1])
+sys.modules["mortals"] = mortals = module_from_spec(spec)
+spec.loader.exec_module(mortals)
+mortals.run_with_mortals(*sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_two_engines_on_ray_of_which_one_dies_write_what_one_engine_writes(generate, rlhf, start, finish, tmp_path):
     assert rlhf(generate(output_path=tmp_path / "one.jsonl")).code == 0
     mark = tmp_path / "died"
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(sys.modules["rlhf_infer.generate"], "make_copy", partial(make_mortal, mark))
-    answer = rlhf(generate(output_path=tmp_path / "two.jsonl", num_engines=2))
+    options = generate(output_path=tmp_path / "two.jsonl", num_engines=2)
+    answer = finish(start([sys.executable, "-c", RUN, __file__, str(mark), *options], RAY_ADDRESS="local"), 240)
     assert answer.code == 0, answer.err
     assert mark.exists()
     one, two = lines_of(tmp_path / "one.jsonl"), lines_of(tmp_path / "two.jsonl")

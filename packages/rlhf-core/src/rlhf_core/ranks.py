@@ -43,11 +43,14 @@ class Ranks:
 
     def _join(self, cuda: bool) -> None:
         """Meet the other ranks. A single rank needs no address and no port."""
+        # Imported first: what it imports takes the process group, if there is one, as a default argument and keeps it for
+        # ever. A group that is not destroyed has threads, and one that is still busy when Python ends aborts the process.
+        library = deepspeed()
         if not dist.is_initialized():
             alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=self.timeout, **alone)
-        deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", dist_init_required=False)
+        library.init_distributed(dist_backend="nccl" if cuda else "gloo", dist_init_required=False)
 
     @property
     def is_first(self) -> bool:

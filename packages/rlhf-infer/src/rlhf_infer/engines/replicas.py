@@ -31,6 +31,9 @@ BLOCKS_EACH = 4
 RESTARTS = 3
 """How often an actor that died is started again."""
 
+STORE = 512 * 1024 * 1024
+"""Bytes of the object store of a Ray cluster that is started here; Ray's own choice is a third of the memory."""
+
 
 class Replicas:
     """An engine that is several copies of another one.
@@ -242,7 +245,13 @@ def join_ray() -> bool:
             nodes = sum(node["Alive"] for node in ray.nodes())
             print(f"joined the running Ray cluster of {nodes} node{'s' * (nodes != 1)}", flush=True)
             return True
-    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        "local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=STORE,  # prompts are in files: only answers pass through it
+    )
     print("started a Ray cluster on this machine", flush=True)
     return True
 

@@ -17,7 +17,7 @@ from rlhf_data.templates import as_chat, decode_escapes, plain_pieces
 from rlhf_infer.generate import as_json
 from rlhf_infer.rewards.scorer import Answer
 
-KEPT = ("input", "output", "rendered", "messages", "finish_reason", "source")
+KEPT = ("input", "plain_input", "asked_reward", "output", "rendered", "messages", "finish_reason", "source")
 """What is kept of a generated row that cannot be scored, so that the rows of a file are alike."""
 
 CHECKED = 64
