@@ -37,6 +37,7 @@ docs:  ## Regenerate docs/cli.md from the options
 bench:  ## Measure training beside TRL, and the losses beside full logits
 	uv run --group bench python benchmarks/sft.py
 	uv run python benchmarks/losses.py
+	uv run python benchmarks/inference.py score
 
 ci:  ## What CI runs
 	.ci/run
