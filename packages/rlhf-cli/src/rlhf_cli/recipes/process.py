@@ -38,14 +38,13 @@ def execute(arguments: list[str], log: Path, environment: dict[str, str], lock: 
         The exit code; negative if a signal killed it.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_cli", *arguments],
+        [sys.executable, "-m", __name__, str(os.getpid()), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
         pass_fds=(lock,),
         start_new_session=True,  # so that the whole family can be told to end
-        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
     with log.open("ab", buffering=0) as file:
         pumps = [
@@ -74,9 +73,15 @@ def pump(source: BinaryIO, log: BinaryIO, shown: TextIO) -> None:
             shown.flush()
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this process when its parent dies, even of SIGKILL."""
-    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent dies, even of SIGKILL.
+
+    The child asks for it, not the parent before the exec: that would be a fork, for which a large parent may lack memory.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before we asked
+        raise SystemExit(TERMINATED)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -100,3 +105,10 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    from rlhf_cli.main import main
+
+    end_with_parent(int(sys.argv.pop(1)))
+    main()
