@@ -179,7 +179,7 @@ class RanksConfig(Config):
         return self
 
 
-class ParallelConfig(RanksConfig):
+class ZeroConfig(Config):
     """Parallelism."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
@@ -207,6 +207,10 @@ class ParallelConfig(RanksConfig):
         if self.overlap_comm and self.zero_stage == 0:
             raise ValueError("--overlap_comm overlaps ZeRO's gradient reduction: set --zero_stage 1, 2 or 3")
         return self
+
+
+class ParallelConfig(ZeroConfig, RanksConfig):
+    """Parallelism."""
 
 
 def _interval(value: int) -> int:

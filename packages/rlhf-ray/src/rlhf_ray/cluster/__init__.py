@@ -1,0 +1,1 @@
+"""Where processes run and how the driver speaks with them."""

@@ -1,0 +1,200 @@
+"""What travels between roles: responses as they were written, and what was made of them.
+
+Both batches are ragged and frozen: nothing is padded, lengths come from the engine and are never read off the values of
+tokens. Arrays are numpy's, which Ray hands over without a copy.
+
+Shapes: N responses, T tokens of prompts and responses, M tokens of responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKENS, TARGETS, SAMPLES = "tokens", "targets", "samples"
+
+
+def per(what: str, *, optional: bool = False) -> Any:
+    """A field that has one entry per token `[T]`, per response token `[M]`, or per response `[N]`."""
+    return field(metadata={"per": what}, default=None) if optional else field(metadata={"per": what})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rollout:
+    """N responses with their prompts, end to end.
+
+    Two of them, `[7, 8 | 9, 2]` and `[5 | 6, 6, 6]`, the second cut off:
+
+        input_ids       7 8 9 2 5 6 6 6
+        prompt_lengths  2 1
+        response_lengths 2 3
+        truncated       False True
+        rollout_logps   -0.1 -0.5 -2.0 -0.3 -0.3        of 9 2 6 6 6
+
+    Raises:
+        ValueError: lengths do not add up.
+    """
+
+    input_ids: NDArray[np.int32] = per(TOKENS)
+    """Prompt and response of each sample in turn, `[T]`."""
+
+    prompt_lengths: NDArray[np.int64] = per(SAMPLES)
+    """Tokens of each prompt, `[N]`, at least 1."""
+
+    response_lengths: NDArray[np.int64] = per(SAMPLES)
+    """Tokens of each response, `[N]`, at least 1, with the one that ended it if one did."""
+
+    truncated: NDArray[np.bool_] = per(SAMPLES)
+    """Whether a response was cut off, by a length limit, `[N]`. It then has no EOS, and gets none."""
+
+    rollout_logps: NDArray[np.float32] = per(TARGETS)
+    """What the engine says of each response token, at the sampling temperature, in nats, `[M]`."""
+
+    prompts: NDArray[np.int64] = per(SAMPLES)
+    """Number of the prompt in its data set, `[N]`."""
+
+    groups: NDArray[np.int64] = per(SAMPLES)
+    """Number of the request in the run, `[N]`: responses of one group answer one prompt at one time."""
+
+    seeds: NDArray[np.int64] = per(SAMPLES)
+    """What each response was drawn with, `[N]`."""
+
+    versions: NDArray[np.int64] = per(SAMPLES)
+    """Updates that the weights had seen which began each response, `[N]`."""
+
+    def __post_init__(self) -> None:
+        for name, size in self._sizes().items():
+            values = getattr(self, name)
+            if values is not None and len(values) != size:
+                raise ValueError(f"{name} has {len(values)} entries and should have {size}")
+
+    def _sizes(self) -> dict[str, int]:
+        sizes = {
+            TOKENS: int(self.prompt_lengths.sum() + self.response_lengths.sum()),
+            TARGETS: int(self.response_lengths.sum()),
+            SAMPLES: len(self.prompt_lengths),
+        }
+        return {f.name: sizes[f.metadata["per"]] for f in fields(self)}
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def num_targets(self) -> int:
+        """M."""
+        return int(self.response_lengths.sum())
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample, `[N]`."""
+        return self.prompt_lengths + self.response_lengths
+
+    @cached_property
+    def cu_seqlens(self) -> NDArray[np.int64]:
+        """Where each sample starts in `[T]`, and the end, `[N+1]`."""
+        return offsets(self.lengths)
+
+    @cached_property
+    def target_bounds(self) -> NDArray[np.int64]:
+        """Where each response starts in `[M]`, and the end, `[N+1]`."""
+        return offsets(self.response_lengths)
+
+    def sample(self, number: int) -> NDArray[np.int32]:
+        """Token ids of one sample, prompt and response."""
+        return self.input_ids[self.cu_seqlens[number] : self.cu_seqlens[number + 1]]
+
+    def response(self, number: int) -> NDArray[np.int32]:
+        """Token ids of one response."""
+        return self.sample(number)[self.prompt_lengths[number] :]
+
+    def by_sample(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Sums of `[M]` values over each response, `[N]`."""
+        return np.add.reduceat(values, self.target_bounds[:-1]) if len(self) else values[:0]
+
+    def per_target(self, values: NDArray[Any]) -> NDArray[Any]:
+        """`[N]` values, each given to every token of its response, `[M]`."""
+        return np.repeat(values, self.response_lengths)
+
+    def select(self, places: Sequence[int] | NDArray[np.int64]) -> Self:
+        """Some of the samples, in the order given."""
+        places = np.asarray(places, np.int64)
+        rows = {
+            TOKENS: ranges(self.cu_seqlens[places], self.lengths[places]),
+            TARGETS: ranges(self.target_bounds[places], self.response_lengths[places]),
+            SAMPLES: places,
+        }
+        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for f in fields(self):
+            if chosen[f.name] is not None:
+                chosen[f.name] = chosen[f.name][rows[f.metadata["per"]]]
+        return type(self)(**chosen)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Self]) -> Self:
+        """All samples of some batches, one batch after the other. What one of them lacks, all do."""
+        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        lacking = {name for name, values in columns.items() if any(value is None for value in values)}
+        joined: dict[str, Any] = {name: np.concatenate(v) for name, v in columns.items() if name not in lacking}
+        joined |= dict.fromkeys(lacking)
+        return cls(**joined)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Experience(Rollout):
+    """A rollout with everything that an update needs; columns that a configuration does not need are None.
+
+    For the two responses above, with scores 1.0 and -0.5, `rloo`, and the second response masked for being cut off:
+
+        scores      1.0 -0.5
+        logps       -0.1 -0.5 -2.0 -0.3 -0.3
+        advantages  1.5 1.5 -1.5 -1.5 -1.5
+        mask        True True False False False
+    """
+
+    scores: NDArray[np.float32] = per(SAMPLES)
+    """Reward of each response: normalised, weighted, added up, clipped, and less the penalty for length, `[N]`."""
+
+    mask: NDArray[np.bool_] = per(TARGETS)
+    """Response tokens that are trained, `[M]`."""
+
+    advantages: NDArray[np.float32] = per(TARGETS)
+    """`[M]`."""
+
+    returns: NDArray[np.float32] | None = per(TARGETS, optional=True)
+    """What values are fitted to, `[M]`; with a critic."""
+
+    values: NDArray[np.float32] | None = per(TARGETS, optional=True)
+    """Value of the state in which each response token was chosen, before the update, `[M]`; with a critic."""
+
+    logps: NDArray[np.float32] | None = per(TARGETS, optional=True)
+    """Log-probs of the policy before the update, at the sampling temperature, `[M]`; None where the only update of a
+    rollout computes them anyway (`PPOConfig.recomputes_logps`)."""
+
+    reference_logps: NDArray[np.float32] | None = per(TARGETS, optional=True)
+    """Log-probs of the reference model, at the sampling temperature, `[M]`; with a KL penalty."""
+
+    @classmethod
+    def of(cls, rollout: Rollout, **columns: Any) -> Experience:
+        """A rollout with more columns."""
+        own: dict[str, Any] = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
+        return cls(**own, **columns)
+
+    def with_columns(self, **columns: Any) -> Experience:
+        """The same with some columns replaced."""
+        return replace(self, **columns)
+
+
+def offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where parts of these lengths start when they are laid end to end, and the end, `[N+1]`."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers `start, start + 1, …` of each range in turn."""
+    before = offsets(lengths)
+    return np.repeat(starts - before[:-1], lengths) + np.arange(before[-1])
