@@ -26,8 +26,8 @@ FIRST_WORD = 2
 """The ids before it are end of sequence and padding; id i from here on is the word `wi`."""
 
 
-def make_model(folder: Path, vocabulary: int, max_len: int) -> None:
-    """The model, and a tokenizer that reads words back to their ids one to one."""
+def make_model(folder: Path, vocabulary: int, max_len: int, **changed: int) -> None:
+    """The model (with other sizes where they are given), and a tokenizer that reads words back to their ids one to one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def make_model(folder: Path, vocabulary: int, max_len: int) -> None:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
-    tiny.make_model(tokenizer, folder, max_len=max_len, **LLAMA)
+    tiny.make_model(tokenizer, folder, max_len=max_len, **(LLAMA | changed))
 
 
 def text(ids: Iterable[int]) -> str:

@@ -25,6 +25,7 @@ from rlhf_data.inspection import InspectConfig
 from rlhf_infer.chat import ChatConfig
 from rlhf_infer.config import GenerateConfig, ScoreConfig
 from rlhf_infer.serve.config import ServeConfig
+from rlhf_ray.config import PPOConfig
 
 PAGE = Path(__file__).with_name("cli.md")
 CONFIGS: dict[str, type[BaseModel]] = {
@@ -34,6 +35,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "rlhf train dpo": DPOConfig,
     "rlhf train kto": KTOConfig,
     "rlhf train kd": KDConfig,
+    "rlhf train ppo": PPOConfig,
     "rlhf generate": GenerateConfig,
     "rlhf score": ScoreConfig,
     "rlhf infer": InferConfig,

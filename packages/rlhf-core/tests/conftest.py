@@ -168,11 +168,18 @@ def prepared(options):
 
     def make(name: str, dtype: Any = None, **given) -> Fit:
         config = options(name, **({"zero_stage": 0} | given))
-        tokenizer, strategy = load_tokenizer(config.model.pretrain), Strategy(config)
+        tokenizer, strategy = load_tokenizer(config.model.pretrain), Strategy.of(config)
         kind = getattr(import_module(f"rlhf_core.methods.{name}"), name.upper())
         method = kind(config, tokenizer)
         ragged = config.model.flash_attn or config.data.packing_samples
-        models = Models(config, strategy, method, ragged=ragged)
+        models = Models(
+            config.model,
+            strategy,
+            ragged=ragged,
+            share_prefix=method.share_prefix,
+            head=method.head,
+            lora=config.lora,
+        )
         method.prepare(models)
         engine = Engine(models.trained(load_model_config(config.model)))
         if method.frozen:

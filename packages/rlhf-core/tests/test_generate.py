@@ -97,6 +97,27 @@ def test_responses_are_those_of_the_model_alone_whatever_the_batching(model, sam
     assert ends == ({"stop", "length"} if stop_ids else {"length"})
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_log_probs_at_the_temperature_are_those_of_all_tokens_and_change_no_token(model, top_p):
+    plain, tempered = drafts(), drafts()
+    write(model, plain, Sampling(temperature=0.6, top_p=top_p), 5)
+    write(model, tempered, Sampling(temperature=0.6, top_p=top_p, logps_at_temperature=True), 5)
+    for one, other in zip(plain, tempered, strict=True):
+        assert one.written == other.written
+        ids = torch.tensor([[*other.prompt, *other.written]])
+        with torch.no_grad():
+            logps = (model(ids).logits[0].float() / 0.6).log_softmax(-1)
+        places = torch.arange(len(other.prompt), ids.shape[1])
+        assert other.logps == pytest.approx(logps[places - 1, ids[0, places]].tolist(), abs=1e-5)
+
+
+def test_greedy_responses_have_the_log_probs_of_the_model(model):
+    one, other = drafts(), drafts()
+    write(model, one, GREEDY, 5)
+    write(model, other, Sampling(greedy=True, temperature=0.6, logps_at_temperature=True), 5)
+    same(one, other)
+
+
 def test_responses_do_not_depend_on_the_order_of_requests_or_on_their_room(model):
     found = drafts()
     write(model, found[::-1], Sampling(), 4)

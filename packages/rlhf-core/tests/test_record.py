@@ -86,7 +86,7 @@ def test_a_model_is_written_in_shards_and_replaces_the_one_that_was_there(tiny, 
 
     config, folder = options(), tmp_path / "model"
     policy = Policy(load_model(config.model, config.lora, attn_implementation="sdpa"), ragged=False)
-    strategy, tokenizer = Strategy(config), load_tokenizer(str(tiny))
+    strategy, tokenizer = Strategy.of(config), load_tokenizer(str(tiny))
     export(policy, tokenizer, folder, strategy, shard_bytes=50_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 2 and (folder / "model.safetensors.index.json").is_file()
     sharded = AutoModelForCausalLM.from_pretrained(folder).state_dict()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_data.continuation import continuation_text, piece_encoders
+from rlhf_data.continuation import continuation_text, continuation_texts, piece_encoders
 
 LOSSLESS = ["byte-level", "byte-level with prefix space", "prepend", "metaspace first", "metaspace always"]
 PROMPTS = ["where is the cat?", "the cat ", "User: x\nAssistant:", "ünïcode 🐈", "🐈", " ", "x"]
@@ -47,6 +47,18 @@ def test_bytes_of_the_prompt_and_of_the_response_are_kept_apart(make_tokenizer, 
         assert set(unfinished) == {"\ufffd"}
         assert unfinished == continuation_text(tokenizer, [], cat[:2])
     assert continuation_text(tokenizer, first(["the"])[0], cat) == "🐈"
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_many_continuations_at_once_have_the_texts_of_each_alone(make_tokenizer, kind):
+    tokenizer = make_tokenizer(kind)
+    first, continuation = piece_encoders(tokenizer)
+    (cat,) = continuation(["🐈"])
+    prompts = [*first(PROMPTS), cat[2:], []]
+    responses = [*continuation(RESPONSES), cat[:2], []]
+    pairs = [(prompt, response) for prompt in prompts for response in responses]
+    texts = continuation_texts(tokenizer, *zip(*pairs, strict=True))
+    assert texts == [continuation_text(tokenizer, *pair) for pair in pairs]
 
 
 def test_nothing_adds_nothing_and_nothing_before_it_is_needed(make_tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 from importlib import import_module
 from typing import Annotated
@@ -19,6 +20,7 @@ from rlhf_data.inspection import InspectConfig
 from rlhf_infer.chat import ChatConfig
 from rlhf_infer.config import GenerateConfig, ScoreConfig
 from rlhf_infer.serve.config import ServeConfig
+from rlhf_ray.config import PPOConfig
 
 app = typer.Typer(
     name="rlhf",
@@ -72,6 +74,16 @@ def add_training(name: str, config: type[TrainConfig]) -> None:
 
 for name, config in METHODS.items():
     add_training(name, config)
+
+
+@command(train, "ppo", PPOConfig)
+def ppo(config: PPOConfig, dry_run: DryRun = False) -> None:
+    from rlhf_ray.run import train
+
+    from rlhf_cli.launch import hide_key
+
+    sys.argv[1:] = hide_key(sys.argv[1:])
+    train(config, dry_run=dry_run)
 
 
 @command(app, "generate", GenerateConfig)

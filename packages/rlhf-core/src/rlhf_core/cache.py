@@ -199,6 +199,7 @@ class Cached:
 
 
 def precompute(
+    config: Any,
     method: Method,
     models: Any,
     rows: Callable[[Any, Batch], Iterator[Rows]],
@@ -212,6 +213,7 @@ def precompute(
     Afterwards the method's data sets are `Cached`, and it needs no frozen model.
 
     Args:
+        config: the run's options.
         method: with a frozen model.
         models: loads it, if anything is missing.
         rows: given the model and a batch, the rows of each of its samples.
@@ -220,7 +222,7 @@ def precompute(
         columns: as of `SampleCache`.
         **options: what else determines the rows.
     """
-    frozen, strategy, config, loaded = method.frozen, models.strategy, models.config, []
+    frozen, strategy, loaded = method.frozen, models.ranks, []
     assert frozen is not None
 
     def of_window(window: Window) -> Iterator[tuple[int, Rows]]:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_core.config import CheckpointConfig
-from rlhf_core.strategy import Strategy
+from rlhf_core.strategy import Alone, Strategy
 from rlhf_data.errors import InputError, RunError
 
 NAME = re.compile(r"global_step(\d+)")
@@ -38,13 +39,18 @@ class Checkpoints:
         strategy: the ranks that write together.
     """
 
-    def __init__(self, config: CheckpointConfig, strategy: Strategy) -> None:
+    def __init__(self, config: CheckpointConfig, strategy: Strategy | Alone) -> None:
         self.folder = self.folder_of(config)
         self.config = config
         self.strategy = strategy
 
-    def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint of `engine` and `state`, then remove those that are too many.
+    def save(self, write: Callable[[Path], None], step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint, then remove those that are too many.
+
+        Args:
+            write: called on all ranks with the folder to write into.
+            step: it is named after.
+            state: what else there is to know, small.
 
         Raises:
             CheckpointError: the disk is full or cannot be written.
@@ -56,8 +62,7 @@ class Checkpoints:
                     shutil.rmtree(leftover)
                 staging.mkdir(parents=True)
             self.strategy.barrier()
-            engine.save_checkpoint(str(staging), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
-            save_file(random_state(), staging / f"random_rank{self.strategy.rank}.safetensors")
+            write(staging)
             self.strategy.barrier()
             if self.strategy.is_first:
                 (staging / STATE).write_text(json.dumps(state, indent=2))
@@ -134,17 +139,22 @@ class Checkpoints:
             )
         return None if path is None else (path, json.loads((path / STATE).read_text()))
 
-    def load(self, engine: Any, path: Path) -> None:
-        """Put `engine` and this rank's random state back to where they were at `path`."""
-        adapters = any(
-            not p.requires_grad for p in engine.module.parameters()
-        )  # frozen weights are not in a checkpoint
-        found, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=not adapters)
-        assert found, f"DeepSpeed found no checkpoint in {path}"
-        restore_random_state(load_file(path / f"random_rank{self.strategy.rank}.safetensors"))
+
+def write_engine(engine: Any, folder: Path, rank: int) -> None:
+    """Write the trained weights and the optimizer of `engine`, and this rank's random state; on all ranks."""
+    engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+    save_file(random_state(), folder / f"random_rank{rank}.safetensors")
 
 
-def check_shared(folder: Path, option: str, strategy: Strategy) -> None:
+def read_engine(engine: Any, folder: Path, rank: int) -> None:
+    """Put `engine` and this rank's random state back to where they were; the inverse of `write_engine`."""
+    adapters = any(not p.requires_grad for p in engine.module.parameters())  # frozen weights are not in a checkpoint
+    found, _ = engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=not adapters)
+    assert found, f"DeepSpeed found no checkpoint in {folder}"
+    restore_random_state(load_file(folder / f"random_rank{rank}.safetensors"))
+
+
+def check_shared(folder: Path, option: str, strategy: Strategy | Alone) -> None:
     """Make sure that all ranks see one folder, creating it if it is not there.
 
     Raises:

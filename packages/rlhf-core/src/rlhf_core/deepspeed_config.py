@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf_core.config import OptimConfig, ParallelConfig
+from rlhf_core.config import OptimConfig, ZeroConfig
 
 
-def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig, *, bf16: bool, world_size: int) -> dict[str, Any]:
+def deepspeed_config(parallel: ZeroConfig, optim: OptimConfig, *, bf16: bool, world_size: int) -> dict[str, Any]:
     """The configuration of a trained model.
 
     DeepSpeed's own batch sizes are nominal (one sample per rank): micro-batches, accumulation and the division by the
@@ -57,12 +57,12 @@ def frozen_config(*, bf16: bool, world_size: int, offload: bool) -> dict[str, An
     }
 
 
-def clips_gradients(parallel: ParallelConfig, bf16: bool) -> bool:
+def clips_gradients(parallel: ZeroConfig, bf16: bool) -> bool:
     """Whether DeepSpeed clips. With plain float32 and no ZeRO it does not report the norm, so the strategy clips there."""
     return bf16 or parallel.zero_stage > 0
 
 
-def grad_accum_dtype(parallel: ParallelConfig, bf16: bool) -> str:
+def grad_accum_dtype(parallel: ZeroConfig, bf16: bool) -> str:
     """Gradients add up over micro-batches in float32, except where DeepSpeed cannot: bfloat16 without ZeRO."""
     if parallel.grad_accum_dtype:
         return parallel.grad_accum_dtype

@@ -7,18 +7,22 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_core.checkpoint import CheckpointError, sync
+from rlhf_core.ema import EMA
 from rlhf_core.libraries import gathered
 from rlhf_core.models.backbone import Backbone
-from rlhf_core.strategy import Alone, Strategy
+from rlhf_core.ranks import Ranks
+from rlhf_core.strategy import Alone
+from rlhf_core.weights import weights
 
 SHARD_BYTES = 4 * 10**9
 """Weights are gathered and written in files of about this size, so that the host never holds the whole model twice."""
@@ -35,12 +39,25 @@ STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.in
 
 
 def export(
-    policy: Backbone, tokenizer: Any, folder: Path, strategy: Strategy | Alone, shard_bytes: int = SHARD_BYTES
+    policy: Backbone,
+    tokenizer: Any,
+    folder: Path,
+    strategy: Ranks | Alone,
+    shard_bytes: int = SHARD_BYTES,
+    average: EMA | None = None,
 ) -> None:
     """Write the model (or, with LoRA, its adapter) and its tokenizer to `folder`, as `from_pretrained` and vLLM read them.
 
     All files are written beside, and moved into place when they are complete: a model already in `folder` (which may be the
     one being trained) is untouched until its successor is on disk.
+
+    Args:
+        policy: the model.
+        tokenizer: its tokenizer.
+        folder: where it goes; made if it is not there.
+        strategy: the ranks, all of which must call this.
+        shard_bytes: about the size of a file of weights.
+        average: the moving average to write in place of the weights that it averages, if any.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
@@ -51,9 +68,9 @@ def export(
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         if hasattr(policy.model, "peft_config"):
-            write_adapter(policy, staging, strategy)
+            write_adapter(policy, staging, strategy, average)
         else:
-            write_model(policy, staging, strategy, shard_bytes)
+            write_model(policy, staging, strategy, shard_bytes, average)
         if strategy.is_first:
             tokenizer.save_pretrained(staging)
             move_into_place(staging, folder)
@@ -66,9 +83,9 @@ def export(
     strategy.barrier()
 
 
-def write_adapter(policy: Backbone, folder: Path, strategy: Strategy | Alone) -> None:
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    with gathered(trained):
+def write_adapter(policy: Backbone, folder: Path, strategy: Ranks | Alone, average: EMA | None = None) -> None:
+    trained = {name: p for name, p in policy.base.named_parameters() if p.requires_grad}
+    with average.shown(trained) if average else nullcontext(), gathered(list(trained.values())):
         if strategy.is_first:
             policy.model.save_pretrained(folder, save_embedding_layers=False)
             if hasattr(policy.config, "calibration"):
@@ -76,48 +93,29 @@ def write_adapter(policy: Backbone, folder: Path, strategy: Strategy | Alone) ->
                 (folder / CALIBRATION).write_text(json.dumps(kept, indent=2))
 
 
-def write_model(policy: Backbone, folder: Path, strategy: Strategy | Alone, shard_bytes: int) -> None:
+def write_model(
+    policy: Backbone, folder: Path, strategy: Ranks | Alone, shard_bytes: int, average: EMA | None = None
+) -> None:
     """Gather the weights a layer at a time and write them in shards on the first rank."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    base, shard, size = policy.base, {}, 0
+    shard: dict[str, Tensor] = {}
     names: list[list[str]] = []
-    total = 0
+    size = total = 0
 
     def flush() -> None:
         nonlocal shard, size
-        if shard:
-            save_file(shard, folder / f"part-{len(names)}.safetensors", metadata={"format": "pt"})
-            names.append(list(shard))
-            shard, size = {}, 0
+        save_file(shard, folder / f"part-{len(names)}.safetensors", metadata={"format": "pt"})
+        names.append(list(shard))
+        shard, size = {}, 0
 
-    for parameters in layers(base):
-        with gathered(list(parameters.values())):
-            if not strategy.is_first:
-                continue
-            weights = {name: p.detach().cpu().clone() for name, p in parameters.items()}
-        weights = {name: w.contiguous() for name, w in revert_weight_conversion(base, weights).items()}
-        added = sum(w.nbytes for w in weights.values())
-        if size and size + added > shard_bytes:
+    for name, weight in weights(policy, wanted=strategy.is_first, average=average):
+        if size and size + weight.nbytes > shard_bytes:
             flush()
-        shard |= weights
-        size, total = size + added, total + added
+        shard[name] = weight.cpu().clone(memory_format=torch.contiguous_format)
+        size, total = size + weight.nbytes, total + weight.nbytes
     if strategy.is_first:
         flush()
         name_shards(folder, names, total)
-        write_configs(base, folder)
-
-
-def layers(base: Any) -> Iterator[dict[str, Tensor]]:
-    """Parameters and saved buffers by name, grouped by layer. Tied weights appear once, under the name that is kept."""
-    tied, saved = set(getattr(base, "all_tied_weights_keys", None) or {}), base.state_dict().keys()
-    tensors = dict(base.named_parameters()) | {name: x for name, x in base.named_buffers() if name in saved}
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name not in tied:
-            layer = re.match(r".*?\.\d+\.", name)
-            groups.setdefault(layer[0] if layer else "", {})[name] = tensor
-    yield from groups.values()
+        write_configs(policy.base, folder)
 
 
 def name_shards(folder: Path, names: list[list[str]], total: int) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from rlhf_core.batch import Batch
-from rlhf_core.checkpoint import Checkpoints, exported
+from rlhf_core.checkpoint import Checkpoints, exported, read_engine, write_engine
 from rlhf_core.config import TrainConfig
 from rlhf_core.export import export
 from rlhf_core.method import Method, Window
@@ -213,7 +214,8 @@ class Fit:
             "metrics_bytes": self.record.position() if self.record else 0,
             "meter": self.meter.settle(self.strategy),
         }
-        path = self.checkpoints.save(self.engine, self.position.step, state)
+        write = partial(write_engine, self.engine, rank=self.strategy.rank)
+        path = self.checkpoints.save(write, self.position.step, state)
         if self.config.checkpoint.save_hf_ckpt:
             export(self.engine.module, self.tokenizer, exported(path), self.strategy)
 
@@ -229,7 +231,7 @@ class Fit:
         then, now = state["identity"], self.identity()
         if different := [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then.get(key) != now[key]]:
             raise InputError(f"--load_checkpoint: {path} belongs to another run: {'; '.join(different)}")
-        self.checkpoints.load(self.engine, path)
+        read_engine(self.engine, path, self.strategy.rank)
         self.strategy.say(f"continuing from {path}")
         self.position = Position.from_dict(state["position"])
         self.meter = Meter.unsettle(state["meter"], self.strategy)

@@ -47,6 +47,14 @@ class Sampling:
     """Divides the positive logits of tokens that prompt or response already have, and multiplies negative ones. Source:
     Keskar et al. 2019, section 4.1 (arXiv:1909.05858)."""
 
+    logps_at_temperature: bool = False
+    """Whether the log-probs of a response are those that training has: at the temperature, of all tokens of the head."""
+
+    @property
+    def scale(self) -> float:
+        """What the logits are divided by before the log-probs of a response are read off them."""
+        return self.temperature if self.logps_at_temperature and not self.greedy else 1.0
+
 
 @dataclass(eq=False, slots=True)
 class Draft:
@@ -65,7 +73,8 @@ class Draft:
     """Ids so far, with the one that ended it."""
 
     logps: list[float] = field(default_factory=list)
-    """Log-probability of each of them in nats: the model's own, before penalty, temperature and `top_p`."""
+    """Log-probability of each of them in nats: the model's own, before penalty, temperature and `top_p` (or after temperature
+    alone, see `Sampling.logps_at_temperature`)."""
 
     finish_reason: Literal["stop", "length"] | None = None
     """Why it ended: a stop token, or no room; None while it is being written."""
@@ -170,9 +179,10 @@ class Writer:
             logits = logits[copies]
             cache.batch_select_indices(copies)
         if self.sampling.repetition_penalty != 1:
+            width = min(logits.shape[1], self.vocabulary or logits.shape[1])
             for draft in drafts:
-                draft.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=self.device)
-                draft.seen[[token for token in draft.prompt if token < logits.shape[1]]] = True
+                draft.seen = torch.zeros(width, dtype=torch.bool, device=self.device)
+                draft.seen[[token for token in draft.prompt if token < width]] = True
         return logits, cache
 
     def _call(self, new: Sequence[Sequence[int]], lengths: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
@@ -188,11 +198,12 @@ class Writer:
             use_cache=True,
             **{name: value for name, value in optional.items() if name in self.accepted},
         )
-        return out.logits[:, -1, : self.vocabulary], out.past_key_values
+        return out.logits[:, -1], out.past_key_values
 
     def _append(self, drafts: list[Draft], logits: Tensor) -> None:
         """Choose a token for each of N responses from logits `[N, V]`."""
-        own, how = logits.float(), self.sampling
+        logits, how = logits.float(), self.sampling
+        own = logits[:, : self.vocabulary]
         shaped = own
         if how.repetition_penalty != 1:
             shaped = penalised(own, torch.stack([draft.seen for draft in drafts]), how.repetition_penalty)  # type: ignore[misc]
@@ -201,7 +212,8 @@ class Writer:
         else:
             uniforms = torch.tensor([draft.uniforms.random() for draft in drafts], dtype=torch.float64)
             tokens = drawn(nucleus(shaped / how.temperature, how.top_p), uniforms.to(self.device))
-        logps = own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(1)
+        scored = logits / how.scale if how.logps_at_temperature else own
+        logps = scored.gather(1, tokens[:, None])[:, 0] - scored.logsumexp(1)
         for draft, token, logp in zip(drafts, tokens.tolist(), logps.tolist(), strict=True):
             draft.written.append(token)
             draft.logps.append(logp)

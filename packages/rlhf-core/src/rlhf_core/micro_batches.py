@@ -9,12 +9,12 @@ import numpy as np
 
 from rlhf_core.batch import Batch
 from rlhf_core.method import Window
-from rlhf_core.strategy import Strategy
+from rlhf_core.ranks import Ranks
 from rlhf_data.batching import plan_micro_batches
 
 
 def micro_batches(
-    window: Window, collate: Callable[[list[Any]], Batch], strategy: Strategy, size: int, token_budget: int | None
+    window: Window, collate: Callable[[list[Any]], Batch], strategy: Ranks, size: int, token_budget: int | None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """This rank's share of a window; every rank has as many micro-batches, because each is a collective operation.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_core.checkpoint import Checkpoints, nearest_existing
-from rlhf_core.config import TrainConfig
+from rlhf_core.config import CheckpointConfig, TrainConfig
 from rlhf_core.memory import Memory, available_memory, count_parameters, estimate_memory, size, with_frozen
 from rlhf_core.method import Method
 from rlhf_data.batching import plan_micro_batches
@@ -158,12 +158,13 @@ def check_run(config: TrainConfig, world_size: int) -> None:
         raise InputError(
             f"--zpg {zpg} does not divide the {world_size} rank(s) of the run; usually it is the GPUs of a node"
         )
-    saving = config.checkpoint
-    if (
-        saving.save_steps > 0
-        and not saving.load_checkpoint
-        and (old := Checkpoints.find(Checkpoints.folder_of(saving)))
-    ):
+    check_no_checkpoints(config.checkpoint)
+
+
+def check_no_checkpoints(saving: CheckpointConfig) -> None:
+    """Refuse to mix a run's checkpoints with those of an earlier run that it does not continue."""
+    old = Checkpoints.find(Checkpoints.folder_of(saving))
+    if saving.save_steps > 0 and not saving.load_checkpoint and old:
         raise InputError(
             f"{old[0].parent} holds checkpoints of an earlier run ({old[0].name}): continue it with --load_checkpoint, "
             "remove them, or choose another --ckpt_path"

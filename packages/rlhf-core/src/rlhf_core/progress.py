@@ -15,19 +15,23 @@ class Display:
     """Shows the steps of a run on the first rank, and nothing on the others.
 
     Args:
-        total: optimizer steps of the run.
+        total: steps of the run.
         done: those made before a restart.
         active: whether this rank shows anything.
+        unit: what is counted, a key of every row.
+        shown: the metrics to show.
     """
 
-    def __init__(self, total: int, done: int, active: bool) -> None:
-        self._active = active
+    def __init__(
+        self, total: int, done: int, active: bool = True, unit: str = "step", shown: tuple[str, ...] = SHOWN
+    ) -> None:
+        self._active, self._unit, self._shown = active, unit, shown
         self._total = total
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if active and self._console.is_terminal:
             columns = (
-                TextColumn("step"),
+                TextColumn(unit),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.fields[text]}"),
@@ -48,12 +52,12 @@ class Display:
         held_out = sorted((name for name in row if name.startswith("eval_")), key=lambda name: name != "eval_loss")
         evaluation = {name: row[name] for name in held_out}
         text = "  ".join(
-            f"{name} {value:.4g}" for name, value in (evaluation or row).items() if evaluation or name in SHOWN
+            f"{name} {value:.4g}" for name, value in (evaluation or row).items() if evaluation or name in self._shown
         )
         if self._bar and not evaluation:
             self._bar.update(self._task, text=text)
         else:
-            self.note(f"step {row['step']}/{self._total}  {text}")
+            self.note(f"{self._unit} {row[self._unit]}/{self._total}  {text}")
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

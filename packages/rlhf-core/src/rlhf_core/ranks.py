@@ -6,30 +6,62 @@ import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf_core.config import RanksConfig
 from rlhf_core.deepspeed_config import frozen_config
 from rlhf_core.libraries import deepspeed
 
 T = TypeVar("T")
 
 
+class Meeting(NamedTuple):
+    """Where ranks meet that no launcher has told: at a store which the first one keeps open (see `open_meeting`)."""
+
+    address: str
+    """Of the first rank's node."""
+
+    port: int
+    """Of the store."""
+
+    rank: int
+    """The rank that goes there."""
+
+    world_size: int
+    """How many are expected."""
+
+
+def open_meeting(address: str, world_size: int) -> dist.TCPStore:
+    """A store for ranks to meet at, on a port (`.port`) that the system chooses. It must be kept while they need each other."""
+    return dist.TCPStore(address, 0, world_size, is_master=True, wait_for_workers=False)
+
+
+class Patience(Protocol):
+    """Options that say how long ranks wait for each other."""
+
+    @property
+    def dist_timeout(self) -> float:
+        """Minutes."""
+        ...
+
+
 class Ranks:
     """One rank's view of all ranks.
 
     Args:
-        config: how ranks meet.
+        config: how long ranks wait for each other.
         seed: of torch's generator, the same on every rank.
         bf16: whether models compute in bfloat16.
         zero_stage: 3 for frozen models that are split over the ranks.
+        meeting: where they meet; by default where the launcher's environment variables say, or nowhere for a single rank.
     """
 
-    def __init__(self, config: RanksConfig, *, seed: int, bf16: bool, zero_stage: int) -> None:
+    def __init__(
+        self, config: Patience, *, seed: int, bf16: bool, zero_stage: int, meeting: Meeting | None = None
+    ) -> None:
         self.bf16, self.zero_stage = bf16, zero_stage
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         cuda = torch.cuda.is_available()
@@ -37,20 +69,34 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         self.timeout = timedelta(minutes=config.dist_timeout)
-        self._join(cuda)
+        self._join(cuda, meeting)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(seed)
 
-    def _join(self, cuda: bool) -> None:
+    def _join(self, cuda: bool, meeting: Meeting | None) -> None:
         """Meet the other ranks. A single rank needs no address and no port."""
         # Imported first: what it imports takes the process group, if there is one, as a default argument and keeps it for
         # ever. A group that is not destroyed has threads, and one that is still busy when Python ends aborts the process.
         library = deepspeed()
         if not dist.is_initialized():
-            alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=self.timeout, **alone)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=self.timeout, **self._rendezvous(meeting))
         library.init_distributed(dist_backend="nccl" if cuda else "gloo", dist_init_required=False)
+
+    def _rendezvous(self, meeting: Meeting | None) -> dict[str, Any]:
+        """What torch is told of where ranks meet; nothing where the environment says it."""
+        if meeting:
+            store = dist.TCPStore(
+                meeting.address,
+                meeting.port,
+                meeting.world_size,
+                is_master=False,
+                timeout=self.timeout,
+                wait_for_workers=False,
+            )
+            return {"store": store, "rank": meeting.rank, "world_size": meeting.world_size}
+        return {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
 
     @property
     def is_first(self) -> bool:
@@ -87,6 +133,13 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def max(self, values: list[float] | Tensor) -> list[float]:
+        """The largest of each of `values` over ranks."""
+        largest = torch.as_tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on the first rank; nothing on the others."""

@@ -32,7 +32,7 @@ def run(
     if not dry_run:
         from rlhf_core.strategy import Strategy
 
-        strategy = Strategy(config)
+        strategy = Strategy.of(config)
         world_size = strategy.world_size
     check_run(config, world_size)
     model_config = load_model_config(config.model)
@@ -85,7 +85,14 @@ def train(config: TrainConfig, strategy: Any, method: Any, tokenizer: Any, model
     from rlhf_core.fit import Fit
     from rlhf_core.models.loader import Models
 
-    models = Models(config, strategy, method, ragged=plan.layout != "padded")
+    models = Models(
+        config.model,
+        strategy,
+        ragged=plan.layout != "padded",
+        share_prefix=method.share_prefix,
+        head=method.head,
+        lora=config.lora,
+    )
     method.prepare(models)
     model = models.trained(model_config)
     if strategy.is_first:

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.config import TrainConfig
+from rlhf_core.config import OptimConfig, TrainConfig, ZeroConfig
 from rlhf_core.deepspeed_config import clips_gradients, deepspeed_config
 from rlhf_core.libraries import deepspeed
-from rlhf_core.ranks import Ranks
+from rlhf_core.ranks import Meeting, Patience, Ranks
+
+T = TypeVar("T")
 
 
 class Strategy(Ranks):
     """One rank's view of a training run: how gradients become a step.
 
     Args:
-        config: the run's options.
+        parallel: what DeepSpeed splits.
+        optim: of the optimizer and its schedule.
+        bf16: whether the model computes in bfloat16.
+        seed: of torch's generator.
+        patience: how long ranks wait for each other.
+        meeting: where they meet (see `Ranks`).
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        super().__init__(
-            config.parallel, seed=config.batch.seed, bf16=config.model.bf16, zero_stage=config.parallel.zero_stage
-        )
+    def __init__(
+        self,
+        parallel: ZeroConfig,
+        optim: OptimConfig,
+        *,
+        bf16: bool,
+        seed: int,
+        patience: Patience,
+        meeting: Meeting | None = None,
+    ) -> None:
+        self.parallel, self.optim, self.seed = parallel, optim, seed
+        super().__init__(patience, seed=seed, bf16=bf16, zero_stage=parallel.zero_stage, meeting=meeting)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Strategy:
+        """That of a run in which every rank trains one model."""
+        parallel = config.parallel
+        return cls(parallel, config.optim, bf16=config.model.bf16, seed=config.batch.seed, patience=parallel)
 
     def deepspeed_config(self) -> dict[str, Any]:
-        config = self.config
-        return deepspeed_config(config.parallel, config.optim, bf16=config.model.bf16, world_size=self.world_size)
+        return deepspeed_config(self.parallel, self.optim, bf16=self.bf16, world_size=self.world_size)
 
     def prepare(self, policy: nn.Module, total_steps: int) -> Any:
         """Hand the model, its optimizer and its schedule to DeepSpeed.
@@ -50,7 +70,7 @@ class Strategy(Ranks):
                 config=self.deepspeed_config(),
                 dist_init_required=False,
             )
-        torch.manual_seed(self.config.batch.seed + self.rank)  # dropout differs between ranks, weights did not
+        torch.manual_seed(self.seed + self.rank)  # dropout differs between ranks, weights did not
         return engine
 
     def _optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
@@ -58,7 +78,7 @@ class Strategy(Ranks):
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
         vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
-        optim = self.config.optim
+        optim = self.optim
         groups = [{"params": matrices, "weight_decay": optim.l2}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=optim.learning_rate, betas=optim.adam_betas, fused=True
@@ -67,7 +87,7 @@ class Strategy(Ranks):
     def _schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
         from transformers import get_scheduler
 
-        optim = self.config.optim
+        optim = self.optim
         extra = {"min_lr_rate": optim.min_lr_ratio} if optim.lr_scheduler == "cosine_with_min_lr" else None
         warmup = round(optim.lr_warmup_ratio * total_steps)
         return get_scheduler(optim.lr_scheduler, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
@@ -86,11 +106,10 @@ class Strategy(Ranks):
 
     def step(self, engine: Any) -> float:
         """Clip, update the weights, advance the schedule; returns the gradient norm before clipping."""
-        parallel, model, optim = self.config.parallel, self.config.model, self.config.optim
         norm = None
-        if not clips_gradients(parallel, model.bf16):
+        if not clips_gradients(self.parallel, self.bf16):
             trained = [p for p in engine.module.parameters() if p.requires_grad]
-            norm = torch.nn.utils.clip_grad_norm_(trained, optim.max_norm or float("inf"))
+            norm = torch.nn.utils.clip_grad_norm_(trained, self.optim.max_norm or float("inf"))
         engine.step()
         return float(norm if norm is not None else engine.get_global_grad_norm())
 
@@ -99,9 +118,21 @@ class Strategy(Ranks):
 
 
 class Alone:
-    """What writing a model needs of a `Strategy`, where there is but one process and nothing is trained."""
+    """What files are written with where there is but one process: it writes for all, and waits for nobody."""
 
-    is_first = True
+    is_first, rank, world_size = True, 0, 1
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+    def share(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns."""
+        return compute()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The values: there is nothing to add."""
+        return list(values)
+
+    def say(self, text: str) -> None:
+        """Print."""
+        print(text, flush=True)

@@ -54,7 +54,11 @@ class Prompts:
             for row in block:
                 reason = row.conversation
                 prompt, before = (reason, reason) if isinstance(reason, RowError) else next(prompts)
-                yield Item(row, self._checked(prompt), before.text if isinstance(before, Prompt) else "")
+                yield Item(
+                    row,
+                    fitting(prompt, self.data.prompt_max_len, self.context),
+                    before.text if isinstance(before, Prompt) else "",
+                )
 
     def count(self) -> int:
         """Rows of the slice; a pass over the data."""
@@ -107,18 +111,6 @@ class Prompts:
         )
         return [next(asked) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
 
-    def _checked(self, prompt: Prompt | RowError) -> Prompt | RowError:
-        """The prompt, if the model can be asked with it."""
-        if isinstance(prompt, RowError):
-            return prompt
-        if not prompt.ids:
-            return RowError("the prompt has no token")
-        if len(prompt.ids) > self.data.prompt_max_len:
-            return RowError(f"prompt longer than --prompt_max_len {self.data.prompt_max_len}")
-        if self.context and len(prompt.ids) >= self.context:
-            return RowError(f"prompt leaves no room for a response in the model's context of {self.context} tokens")
-        return prompt
-
     def _nothing(self, dropped: dict[str, tuple[int, str]]) -> str:
         if dropped:
             reasons = "; ".join(
@@ -132,3 +124,22 @@ class Prompts:
             f"{slices} iteration{'s' * (slices != 1)} of --rollout_batch_size {size} "
             f"({'only --iter 0' if slices == 1 else f'--iter 0 to {slices - 1}'})"
         )
+
+
+def fitting(prompt: Prompt | RowError, longest: int, context: int | None) -> Prompt | RowError:
+    """A prompt, if a model can be asked with it; else the reason why not.
+
+    Args:
+        prompt: as it was written out.
+        longest: `--prompt_max_len`.
+        context: longest sequence of the model, in tokens, if it has one.
+    """
+    if isinstance(prompt, RowError):
+        return prompt
+    if not prompt.ids:
+        return RowError("the prompt has no token")
+    if len(prompt.ids) > longest:
+        return RowError(f"prompt longer than --prompt_max_len {longest}")
+    if context and len(prompt.ids) >= context:
+        return RowError(f"prompt leaves no room for a response in the model's context of {context} tokens")
+    return prompt

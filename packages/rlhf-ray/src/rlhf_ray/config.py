@@ -433,6 +433,10 @@ class PPOBatchConfig(Config):
 class PPOModelConfig(ModelConfig):
     """Model."""
 
+    flash_attn: bool = True
+    """Lay samples end to end instead of padding them, and compute a prompt that several responses share once; FlashAttention 2
+    where it is installed. `--no_flash_attn` pads."""
+
     ref_pretrain: Folder | None = None
     """Reference model, never trained: a folder or a Hub id; by default `--pretrain`."""
 

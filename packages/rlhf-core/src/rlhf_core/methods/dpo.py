@@ -54,7 +54,7 @@ class DPO(Method):
         """With `--precompute_ref`, the reference log-probs of all pairs, from the cache or computed now."""
         if self.frozen and self.frozen.cached:
             counts, columns = lambda dataset: np.full(len(dataset), 2), {"logps": (np.dtype("f4"), 0)}
-            precompute(self, models, self.reference_rows, self.lay_out, counts, columns)
+            precompute(self.config, self, models, self.reference_rows, self.lay_out, counts, columns)
 
     def reference_rows(self, reference: Any, batch: Batch) -> Iterator[Rows]:
         """The reference's log-probs of both responses of every pair."""

@@ -61,7 +61,9 @@ class KD(Method):
         columns = {"logps": (np.dtype("f4"), k), "tokens": (np.dtype("i4"), k)}
         key = {"k": k, "vocabulary": self.vocabulary, "temperature": self.options.kd_temperature}
         rows = partial(self.teacher_rows, k)
-        precompute(self, models, rows, Batch.from_samples, lambda dataset: dataset.num_targets, columns, **key)
+        precompute(
+            self.config, self, models, rows, Batch.from_samples, lambda dataset: dataset.num_targets, columns, **key
+        )
 
     def teacher_rows(self, k: int, teacher: Any, batch: Batch) -> Iterator[Rows]:
         """The teacher's `k` likeliest tokens at the targets of every sample."""

@@ -43,11 +43,24 @@ class Policy(Backbone):
     def head(self) -> Head:
         return self.base.get_output_embeddings()  # type: ignore
 
-    def token_logps(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of every target token given what precedes it, in nats, `[M]` float32; and the load balance `[N]`."""
+    def token_logps(
+        self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
+    ) -> tuple[Any, Tensor | None]:
+        """Log-probability of every target token given what precedes it.
 
-        def logps(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> Tensor:
-            return linear_token_logps(hidden, weight, labels, temperature=temperature, **head)
+        Args:
+            batch: the samples.
+            temperature: divides the logits: the one that responses were drawn at.
+            with_entropy: also give the entropy of the distribution that each target was drawn from.
+
+        Returns:
+            Nats, `[M]` float32, or a pair of them with the entropies; and the load balance `[N]`.
+        """
+
+        def logps(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> Any:
+            return linear_token_logps(
+                hidden, weight, labels, temperature=temperature, with_entropy=with_entropy, **head
+            )
 
         return self.at_targets(batch, logps)
 

@@ -35,6 +35,18 @@ class RewardModel(Backbone):
         places = batch.ends if batch.num_samples else batch.cu_seqlens[:1].long()
         return self.head(hidden[places], score)[: batch.num_samples], balance
 
+    def values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As a critic: the value of the state in which each target was chosen, which is read at the token before it, `[M]`
+        float32; and of the state after the last token of each sample, `[N]`.
+        """
+        hidden, _ = self.hidden_states(batch)
+        places = torch.cat([batch.predictors, batch.ends])
+        if not len(places):
+            places = batch.cu_seqlens[:1].long()  # the head is always called: ranks make the same calls
+        values = self.head(hidden[places], score)
+        targets = batch.num_targets
+        return values[:targets], values[targets : targets + batch.num_samples]
+
     def full_rewards(self, input_ids: Tensor) -> Tensor:
         """The reward of one sample by the model's own call and head, `[L]` to `[1]`; only to check ours against."""
         hidden = self.base.base_model(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]

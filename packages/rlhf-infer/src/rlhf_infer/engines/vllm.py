@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from rlhf_core.config import ModelConfig
 from rlhf_data.errors import InputError, RunError
 from rlhf_infer.config import EngineConfig, InferenceModelConfig, SamplingConfig
 from rlhf_infer.engines.engine import Completion, Request, room
@@ -57,23 +58,7 @@ class VLLMEngine:
         self.stop_ids, self.window = list(stop_ids), WINDOW * options.max_num_seqs
         self.asked = 0
         try:
-            self.llm: Any = LLM(
-                model.pretrain,
-                skip_tokenizer_init=True,
-                trust_remote_code=model.trust_remote_code,
-                dtype="bfloat16" if model.bf16 else "float32",
-                tensor_parallel_size=options.tp_size,
-                max_model_len=context,
-                max_num_seqs=options.max_num_seqs,
-                enable_prefix_caching=options.enable_prefix_caching,
-                gpu_memory_utilization=options.gpu_memory_utilization,
-                generation_config="vllm",
-                logprobs_mode="raw_logprobs",
-                enforce_eager=not has_gpu,
-                # vLLM 0.32 for CPUs fails when it divides a prompt whose response has a seed: its generators cannot go back
-                enable_chunked_prefill=None if has_gpu else False,
-                use_tqdm_on_load=False,
-            )
+            self.llm: Any = LLM(**llm_arguments(model, options, has_gpu, context))
         except Exception as error:  # vLLM's start fails in many ways, each with errors of its own
             raise RunError(
                 f"vLLM does not start with --pretrain {model.pretrain}: {' '.join(str(error).split())[:500]} "
@@ -133,6 +118,36 @@ class VLLMEngine:
         )
         self.llm.llm_engine.add_request(name, tokens_input(list(request.prompt_ids)), how)
         return name
+
+
+def llm_arguments(
+    model: InferenceModelConfig | ModelConfig, options: EngineConfig, has_gpu: bool, context: int | None
+) -> dict[str, Any]:
+    """What vLLM is told to write with a model: ids in and out, the model's own log-probs, no defaults of its checkpoint.
+
+    Args:
+        model: which model.
+        options: how vLLM runs it.
+        has_gpu: whether there is one.
+        context: longest sequence, in tokens; None for the model's.
+    """
+    return {
+        "model": model.pretrain,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": "bfloat16" if model.bf16 else "float32",
+        "tensor_parallel_size": options.tp_size,
+        "max_model_len": context,
+        "max_num_seqs": options.max_num_seqs,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "enforce_eager": not has_gpu,
+        # vLLM 0.32 for CPUs fails when it divides a prompt whose response has a seed: its generators cannot go back
+        "enable_chunked_prefill": None if has_gpu else False,
+        "use_tqdm_on_load": False,
+    }
 
 
 def completion(output: Any, seed: int) -> Completion:

@@ -101,12 +101,12 @@ class ModelScorer(Scorer):
         self.calibration = Calibration.of(config, options.pretrain) if options.normalize_reward else None
         self.size, self.share_prefix, self.ranks = options.micro_batch_size, options.flash_attn, ranks
         self.device = ranks.device if ranks else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        splits = bool(ranks and ranks.zero_stage == 3)
+        splits = bool(ranks and (ranks.zero_stage == 3 or options.offload))
         model = load_reward_model(
             model_config(options), options.value_head_prefix, options.option, device=self.device,
-            deepspeed=ranks.frozen_config(offload=False) if ranks and splits else None,
+            deepspeed=ranks.frozen_config(options.offload) if ranks and splits else None,
         )  # fmt: skip
-        self.model = ranks.prepare_frozen(model, offload=False) if ranks else model.to(self.device)
+        self.model = ranks.prepare_frozen(model, offload=options.offload) if ranks else model.to(self.device)
         self.vocab_size = int(config.get_text_config().vocab_size)
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         try:
@@ -124,20 +124,21 @@ class ModelScorer(Scorer):
             return []
         if self.ranks and self.ranks.world_size > 1:
             self.ranks.share(lambda: samples)
-        return self._rewards(samples)
+        return self.compute(samples)
 
     def follow(self) -> None:
         """Take part in what the first rank is asked, until it closes. Only on the others."""
         assert self.ranks is not None
         while samples := self.ranks.share(lambda: None):
-            self._rewards(samples)
+            self.compute(samples)
 
     def close(self) -> None:
         """Let the other ranks go."""
         if self.ranks and self.ranks.world_size > 1 and self.ranks.is_first:
             self.ranks.share(lambda: None)
 
-    def _rewards(self, samples: Sequence[Sample]) -> list[float]:
+    def compute(self, samples: Sequence[Sample]) -> list[float]:
+        """Rewards of samples, in their order. Every rank must be given the same ones at the same time."""
         import torch
 
         rank, world_size = (self.ranks.rank, self.ranks.world_size) if self.ranks else (0, 1)

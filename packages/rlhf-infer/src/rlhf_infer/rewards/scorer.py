@@ -88,6 +88,8 @@ class ScorerOptions:
     flash_attn: bool = True
     micro_batch_size: int = 16
     trust_remote_code: bool = False
+    offload: bool = False
+    """Keep a reward model's weights on the CPU and bring them to the device layer by layer; with `ranks` only."""
     max_len: int | None = None
     """Longest sample there will be, in tokens, where it is known."""
     missing: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError, RunError
-from rlhf_ray.cluster.backend import Backend
+from rlhf_ray.cluster.backend import Backend, Place
 from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, ranges
 
 T = TypeVar("T")
@@ -129,18 +129,73 @@ class WorkerGroup:
                     "(--call_timeout); --load_checkpoint continues from the newest checkpoint"
                 )
             for rank in [rank for rank, reference in left.items() if reference in ready]:
-                try:
-                    found[rank] = self.backend.result(left.pop(rank))
-                except InputError:
-                    raise
-                except Exception as error:
-                    raise RunError(f"the {self.role}, rank {rank}, `{verb}`: {said(error)}") from error
+                found[rank] = self.outcome(verb, rank, left.pop(rank))
         return [found[rank] for rank in range(len(references))]
+
+    def outcome(self, verb: str, rank: int, reference: Any) -> Any:
+        """The result of one rank's call that has ended."""
+        try:
+            return self.backend.result(reference)
+        except InputError:
+            raise
+        except Exception as error:
+            raise RunError(f"the {self.role}, rank {rank}, `{verb}`: {said(error)}") from error
 
     def stop(self) -> None:
         """End its processes."""
         for handle in self.handles:
             self.backend.stop(handle)
+
+
+def start_group(
+    backend: Backend, role: str, worker: Callable[..., Any], places: Sequence[Place], timeout: float
+) -> tuple[WorkerGroup, tuple[str, int] | None]:
+    """Start all ranks of a role, and open the place where they meet.
+
+    Args:
+        backend: runs them.
+        role: what people call it.
+        worker: a class, made with rank and world size; its `meet` opens the place.
+        places: of its ranks.
+        timeout: seconds that a call may take.
+
+    Returns:
+        The role, and address and port of the place; None for a single rank.
+    """
+    handles = [
+        backend.start(worker, rank, len(places), place=place, name=f"{role} rank {rank}")
+        for rank, place in enumerate(places)
+    ]
+    group = WorkerGroup(role, backend, handles, timeout)
+    if len(handles) == 1:
+        return group, None
+    return group, group.wait("meet", [backend.call(handles[0], "meet")])[0]
+
+
+def wait_all(pendings: Sequence[Pending[Any]], timeout: float, doing: str) -> list[Any]:
+    """Results of calls of several roles; the first failure of any of them ends it.
+
+    Args:
+        pendings: the calls.
+        timeout: seconds that all of them may take together.
+        doing: what they do, for errors.
+
+    Raises:
+        RunError: some do not answer in time, or one failed: its own error, with role and rank.
+    """
+    owners = {reference: pending for pending in pendings for reference in pending.references}
+    left, deadline = set(owners), time.monotonic() + timeout
+    while left:
+        backend = next(iter(owners.values())).group.backend
+        ready = backend.wait(list(left), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = ", ".join(sorted({owners[reference].group.role for reference in left}))
+            raise RunError(f"{doing} has taken more than {timeout:g} s (--start_timeout); not ready: {late}")
+        for reference in ready:
+            pending = owners[reference]
+            pending.group.outcome(pending.verb, pending.references.index(reference), reference)
+        left.difference_update(ready)
+    return [pending.result() for pending in pendings]
 
 
 def part_of(rollout: Rollout, places: NDArray[np.int64]) -> Part:

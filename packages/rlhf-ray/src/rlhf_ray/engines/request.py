@@ -75,6 +75,15 @@ class Engines(Protocol):
         """
         ...
 
+    @property
+    def references(self) -> Sequence[object]:
+        """Calls of engines that go on, for `Backend.wait`; none where engines do not write by themselves."""
+        ...
+
+    def advance(self) -> None:
+        """See to engines whose calls have ended, without waiting: what they answered is kept for `collect`."""
+        ...
+
     def sync(self, version: int) -> dict[str, float]:
         """Give the policy's weights, which have seen `version` updates, to all engines.
 

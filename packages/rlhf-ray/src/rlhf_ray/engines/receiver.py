@@ -1,0 +1,84 @@
+"""What takes weights from the policy inside vLLM, without NCCL: registered there as the weight-transfer engine `gloo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlhf_ray.engines.transfer import broadcast, buckets, described, join, read
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """Where to meet the policy; the fields that NCCL's engine has too mean the same."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    timeout: float
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """What comes, in order: see `rlhf_ray.engines.transfer.update_info`."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """Receives buckets of weights over gloo and has the model load them."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+    group: Any = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Meet the policy and the other engines; returns when all are there."""
+        self.group = None
+        store = dist.TCPStore(init_info.master_address, init_info.master_port, is_master=False, wait_for_workers=False)
+        rank = init_info.rank_offset + self.parallel_config.rank
+        self.group = join(store, rank, init_info.world_size, init_info.timeout)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Receive and load all buckets.
+
+        Raises:
+            RuntimeError: the policy or another engine is gone. The model then has weights of two updates, or none at all, and
+                must not write before a whole update; the group is left, so that nobody waits for this engine.
+        """
+        if self.group is None:
+            raise RuntimeError("this engine is not connected with the policy")
+        manifest = described(update_info.names, update_info.dtype_names, update_info.shapes)
+        try:
+            with disable_mtp_completeness_check():
+                for bucket in buckets([weight.size for weight in manifest]):
+                    buffer = torch.empty(bucket.size, dtype=torch.uint8)
+                    broadcast(self.group, buffer).wait()
+                    # a layer is loaded when all its weights have come: they are kept till then, and so is their buffer
+                    self.model.load_weights(read(buffer.to(self.device), bucket, manifest))
+        except BaseException:
+            self.group = None
+            self.finish_weight_update()  # forgets the layers that have come in part: the next update brings them anew
+            raise
+
+    def shutdown(self) -> None:
+        self.group = None

@@ -1,0 +1,240 @@
+"""From judged responses to advantages: rewards, what they cost in KL and length, and what they say of every token.
+
+Shapes: N responses, M tokens of responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlhf_losses import (
+    explained_variance,
+    gae,
+    group_centred,
+    group_normalised,
+    kl_estimate,
+    kl_penalised_rewards,
+    leave_one_out,
+    masked_whiten,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+)
+from rlhf_ray.config import GROUPED, PPOConfig
+from rlhf_ray.rollout import Experience, Rollout
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Responses, and what was computed of them."""
+
+    rollout: Rollout
+
+    scores: NDArray[np.float32]
+    """Reward of each response, as all sources together gave it, `[N]`."""
+
+    parts: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """What these are made of, and what reward functions said besides, `[N]` by name."""
+
+    logps: NDArray[np.float32] | None = None
+    """Of the policy before the update, at the sampling temperature, `[M]`, if it is needed."""
+
+    reference_logps: NDArray[np.float32] | None = None
+    """Of the reference model, at the sampling temperature, `[M]`, with a KL penalty."""
+
+    values: NDArray[np.float32] | None = None
+    """Of the state in which each token was chosen, `[M]`, with a critic."""
+
+    after: NDArray[np.float32] | None = None
+    """Value of the state after the last token, `[N]`, with a critic."""
+
+
+def informative(scores: NDArray[np.float32], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the responses to a response's prompt differ in reward, `[N]`: if not, comparing them teaches nothing.
+
+    Source: Yu et al. 2025, DAPO, eq. 11 (arXiv:2503.14476).
+    """
+    _, index = np.unique(groups, return_inverse=True)
+    least = np.full(index.max(initial=-1) + 1, np.inf)
+    most = -least
+    np.minimum.at(least, index, scores)
+    np.maximum.at(most, index, scores)
+    return (most > least)[index]
+
+
+def length_penalty(rollout: Rollout, config: PPOConfig) -> NDArray[np.float32]:
+    """What responses lose for their length, `[N]`, at least 0.
+
+    Nothing up to `generate_max_len - overlong_buffer_len` tokens, from there on in a straight line to `overlong_penalty` at
+    `generate_max_len`; and with `truncated_responses penalise`, all of it for a response that was cut off.
+
+    Source: Yu et al. 2025, DAPO, eq. 13 (arXiv:2503.14476).
+    """
+    options, penalty = config.experience, np.zeros(len(rollout), np.float32)
+    if buffer := options.overlong_buffer_len:
+        over = rollout.response_lengths - (config.rollout.generate_max_len - buffer)
+        penalty = np.clip(over / buffer, 0, 1).astype(np.float32) * np.float32(options.overlong_penalty)
+    if options.truncated_responses == "penalise":
+        penalty = np.where(rollout.truncated, np.float32(options.overlong_penalty), penalty)
+    return penalty
+
+
+def make_experience(judged: Judged, config: PPOConfig, kl_coef: float) -> tuple[Experience, Figures]:
+    """Advantages of every response token, and the figures of the rollout.
+
+    Where the KL divergence is paid for in the rewards, `gae` and `reinforce` take it from the reward of each token, and the
+    estimators that compare responses take a response's sum of it from its reward before they compare.
+
+    Args:
+        judged: the responses of one rollout, whole groups.
+        config: the run's options.
+        kl_coef: price of a nat.
+    """
+    rollout, options = judged.rollout, config.experience
+    penalty = length_penalty(rollout, config)
+    scores = np.clip(judged.scores, *options.reward_clip_range).astype(np.float32) - penalty
+    kept = ~(rollout.truncated & (options.truncated_responses == "mask"))
+    mask = rollout.per_target(kept)
+    kl = divergence(judged, config)
+    paid = np.zeros(rollout.num_targets, np.float32) if kl is None or options.use_kl_loss else kl
+    if options.advantage_estimator in GROUPED:
+        shaped = scores - np.float32(kl_coef) * rollout.by_sample(paid)
+        advantages, returns = rollout.per_target(compared(shaped, rollout.groups, kept, config)), None
+    else:
+        advantages, returns = over_time(judged, scores, paid, mask, config, kl_coef)
+        shaped = scores - np.float32(kl_coef) * rollout.by_sample(paid)
+    if whitens(config):
+        advantages = masked_whiten(tensor(advantages), tensor(mask)).numpy()
+    experience = Experience.of(
+        rollout,
+        scores=scores,
+        mask=mask,
+        advantages=np.where(mask, advantages, 0).astype(np.float32),
+        returns=returns,
+        values=judged.values,
+        logps=judged.logps,
+        reference_logps=judged.reference_logps,
+    )
+    return experience, figures_of(judged, experience, config, kl, shaped, penalty)
+
+
+def whitens(config: PPOConfig) -> bool:
+    """Whether advantages are whitened here: by default those of GAE."""
+    wanted = config.experience.normalize_advantages
+    return config.needs_critic if wanted is None else wanted
+
+
+def divergence(judged: Judged, config: PPOConfig) -> NDArray[np.float32] | None:
+    """Estimate of the KL divergence from the reference at every token, in nats, `[M]`; None without a reference.
+
+    Where a rollout makes a single update and nothing else needs them, the policy's log-probs are those of the engine.
+    """
+    if judged.reference_logps is None:
+        return None
+    logps = judged.rollout.rollout_logps if judged.logps is None else judged.logps
+    return kl_estimate(tensor(logps), tensor(judged.reference_logps), config.kl_estimator).numpy()
+
+
+def compared(
+    scores: NDArray[np.float32], groups: NDArray[np.int64], kept: NDArray[np.bool_], config: PPOConfig
+) -> NDArray[np.float32]:
+    """Advantages of whole responses, from comparing those to one prompt, `[N]`.
+
+    Responses that are not trained on are compared with the others all the same: what they earned is known.
+    """
+    x, ids = tensor(scores), tensor(groups)
+    match config.experience.advantage_estimator:
+        case "rloo":
+            return leave_one_out(x, ids).numpy()
+        case "grpo":
+            return group_normalised(x, ids).numpy()
+        case "dr_grpo":
+            return group_centred(x, ids).numpy()
+        case _:
+            return reinforce_plus_plus_baseline(x, ids).numpy()
+
+
+def over_time(
+    judged: Judged,
+    scores: NDArray[np.float32],
+    kl: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    config: PPOConfig,
+    kl_coef: float,
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Advantages and, with a critic, returns of every token, from rewards of tokens, `[M]` each."""
+    rollout, options = judged.rollout, config.experience
+    bounds = tensor(rollout.target_bounds)
+    rewards = kl_penalised_rewards(tensor(kl), tensor(scores), kl_coef, cu_seqlens=bounds)
+    if options.advantage_estimator == "reinforce":
+        return reinforce_plus_plus(rewards, gamma=options.gamma, mask=tensor(mask), cu_seqlens=bounds).numpy(), None
+    assert judged.values is not None and judged.after is not None
+    cut = rollout.truncated & (options.truncated_responses == "bootstrap")
+    advantages, returns = gae(
+        rewards,
+        tensor(judged.values),
+        gamma=options.gamma,
+        lambda_=options.lambd,
+        cu_seqlens=bounds,
+        bootstrap=tensor(np.where(cut, judged.after, 0).astype(np.float32)),
+    )
+    return advantages.numpy(), returns.numpy()
+
+
+def figures_of(
+    judged: Judged,
+    experience: Experience,
+    config: PPOConfig,
+    kl: NDArray[np.float32] | None,
+    shaped: NDArray[np.float32],
+    penalty: NDArray[np.float32],
+) -> Figures:
+    """What there is to log of a rollout; see docs/metrics.md."""
+    rollout, mask = judged.rollout, experience.mask
+    scores = judged.scores
+    figures: dict[str, Any] = {
+        "reward": scores.mean(),
+        "reward_std": scores.std(),
+        "reward_min": scores.min(),
+        "reward_max": scores.max(),
+        "shaped_reward": shaped.mean(),
+        "response_length": rollout.response_lengths.mean(),
+        "response_length_max": rollout.response_lengths.max(),
+        "prompt_length": rollout.prompt_lengths.mean(),
+        "truncated": rollout.truncated.mean(),
+    }
+    figures |= {
+        f"reward_{name}": np.nanmean(values) for name, values in judged.parts.items() if not np.isnan(values).all()
+    }
+    if config.experience.overlong_buffer_len or config.experience.truncated_responses == "penalise":
+        figures["length_penalty"] = penalty.mean()
+    if mask.any():
+        trained = experience.advantages[mask]
+        figures |= {"advantage_mean": trained.mean(), "advantage_std": trained.std()}
+    if kl is not None:
+        figures |= {"kl": kl.mean(), "kl_sequence": rollout.by_sample(kl).mean()}
+    if judged.logps is not None:
+        gap = np.abs(judged.logps - rollout.rollout_logps)
+        figures |= {"rollout_logp_gap": gap.mean(), "rollout_logp_gap_max": gap.max()}
+    if experience.values is not None and experience.returns is not None:
+        explained = explained_variance(tensor(experience.values), tensor(experience.returns), tensor(mask))
+        figures |= {
+            "value": experience.values.mean(),
+            "return": experience.returns.mean(),
+            "explained_variance": explained,
+        }
+    if config.rollout.n_samples_per_prompt > 1:
+        figures["groups_without_spread"] = 1 - informative(scores, rollout.groups).mean()
+    return {name: float(value) for name, value in figures.items()}
+
+
+def tensor(values: NDArray[Any]) -> torch.Tensor:
+    """The same memory as a tensor; what Ray hands over cannot be written, and nothing here writes."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
