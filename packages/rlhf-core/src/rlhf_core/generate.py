@@ -306,12 +306,29 @@ def write_with_policy(
         vocabulary: how many first tokens there are to choose from.
     """
     with batched_attention(policy):
-        writer = Writer(policy.base, sampling, stop_ids, size=size, device=ranks.device, vocabulary=vocabulary)
+        writer = Writer(Called(policy), sampling, stop_ids, size=size, device=ranks.device, vocabulary=vocabulary)
         for draft in drafts:
             writer.add(draft)
         split = policy_is_split(policy)
         while ranks.sum([writer.busy])[0] if split else writer.busy:
             writer.step() if writer.busy else writer.idle()
+
+
+class Called:
+    """The model inside a policy, called through the policy.
+
+    ZeRO-3 takes the call of the outermost module for the beginning of a pass: without it, it would take all model calls for one
+    that goes on, and remember ever more.
+
+    Args:
+        policy: what DeepSpeed prepared.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.config, self.forward = policy, policy.base.config, policy.base.forward
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.policy("continued", **inputs)
 
 
 def policy_is_split(policy: Policy) -> bool:

@@ -84,6 +84,12 @@ class Record:
         for tracker in self._trackers:
             tracker.log(values)
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Show a table in every tracker that has tables."""
+        for tracker in self._trackers:
+            if rows and hasattr(tracker, "table"):
+                tracker.table(name, columns, rows)
+
     def position(self) -> int:
         """Size of `metrics.jsonl` now, safely on disk."""
         os.fsync(self._file.fileno())
@@ -148,6 +154,11 @@ class Wandb:
 
     def log(self, row: dict[str, Any]) -> None:
         self._run.log(row, step=row["step"])
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Table(columns=columns, data=rows)}, commit=False)
 
     def close(self) -> None:
         import wandb

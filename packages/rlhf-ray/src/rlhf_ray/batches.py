@@ -7,8 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_data.batching import plan_micro_batches
-from rlhf_ray.cluster.group import part_of
+from rlhf_ray.cluster.group import divided, part_of
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.rollout import Experience
 from rlhf_ray.workers.step import Step
@@ -48,7 +47,8 @@ def optimizer_steps(
             samples = experience.select(order[place * size : (place + 1) * size])
             number = (rollout_number * epochs + epoch) * per_epoch + place
             divisor = divisor_of(samples, config, reduction)
-            for rank, micro_batches in enumerate(divided(samples, config, ranks, group)):
+            plan = divided(samples, ranks, config.batch.micro_train_batch_size, token_budget(config))
+            for rank, micro_batches in enumerate(plan):
                 parts = [part_of(samples, row) for row in micro_batches]
                 found[rank].append(Step(parts, divisor, kl_coef, number))
     return found
@@ -67,33 +67,12 @@ def shuffled(count: int, group: int, seed: list[int]) -> NDArray[np.int64]:
     return places[places < count]
 
 
-def divided(samples: Experience, config: PPOConfig, ranks: int, group: int) -> list[list[NDArray[np.int64]]]:
-    """Places in `samples` of the micro-batches of every rank, each rank having as many, of about as many tokens.
-
-    What is divided are units of adjacent samples of a group, as many as a micro-batch takes.
-    """
-    size = config.batch.micro_train_batch_size
-    per_rank = max(1, len(samples) // ranks)
-    unit = max(width for width in range(1, min(group, size, per_rank) + 1) if group % width == 0)
-    starts = np.arange(0, len(samples), unit)
-    lengths = np.add.reduceat(samples.lengths, starts)
-    plan = plan_micro_batches(lengths, ranks, max(1, size // unit), token_budget(config, int(lengths.max())))
-    offsets = np.arange(unit)
-    return [[places_of(starts[row], offsets, len(samples)) for row in rank] for rank in plan]
-
-
-def places_of(starts: NDArray[np.int64], offsets: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Places of the samples of some units."""
-    places = (starts[:, None] + offsets).ravel()
-    return places[places < count]
-
-
-def token_budget(config: PPOConfig, largest: int) -> int | None:
-    """Most tokens of a micro-batch, with `--packing_samples`; never less than the largest unit."""
+def token_budget(config: PPOConfig) -> int | None:
+    """Most tokens of a micro-batch, with `--packing_samples`."""
     if not config.batch.packing_samples:
         return None
     longest = config.rollout.max_len or config.data.prompt_max_len + config.rollout.generate_max_len
-    return max(config.batch.packing_tokens or config.batch.micro_train_batch_size * longest, largest)
+    return config.batch.packing_tokens or config.batch.micro_train_batch_size * longest
 
 
 def divisor_of(samples: Experience, config: PPOConfig, reduction: Reduction) -> float:

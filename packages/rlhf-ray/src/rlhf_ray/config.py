@@ -187,7 +187,7 @@ class ExperienceConfig(Config):
     """KL per token that the coefficient is steered to, in nats; without it the coefficient stays as it is."""
 
     kl_horizon: Count = 10_000
-    """Samples in which the coefficient can change e-fold, with `--kl_target`."""
+    """Samples in which the coefficient can change by a factor of e^0.2, with `--kl_target`."""
 
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """Estimate of the KL divergence; by default k1 in the reward and k2 in the loss, whose gradients are right."""
@@ -438,7 +438,8 @@ class PPOModelConfig(ModelConfig):
     where it is installed. `--no_flash_attn` pads."""
 
     ref_pretrain: Folder | None = None
-    """Reference model, never trained: a folder or a Hub id; by default `--pretrain`."""
+    """Reference model, never trained: a folder or a Hub id; by default `--pretrain`. With LoRA and without this, it is the
+    base model with the adapter switched off, and takes no memory of its own."""
 
 
 class PPOParallelConfig(ZeroConfig):
@@ -495,7 +496,13 @@ class PPOConfig(Config):
 
     @property
     def needs_reference(self) -> bool:
+        """Whether log-probs of the reference model are needed."""
         return self.experience.init_kl_coef > 0
+
+    @property
+    def starts_reference(self) -> bool:
+        """Whether the reference is a model of its own: with LoRA it is the policy with the adapter off."""
+        return self.needs_reference and not (self.lora.lora_rank and self.model.ref_pretrain is None)
 
     @property
     def prompts_per_rollout(self) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from rlhf_infer.engines.engine import sample_seed
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.engines.request import Answer
+from rlhf_ray.experience import means_of
 from rlhf_ray.prompts import Prompts
 from rlhf_ray.roles import Roles
 from rlhf_ray.rollouts import Rollouts, batch_of, make_request
@@ -46,7 +47,7 @@ def evaluate(prompts: Prompts, rollouts: Rollouts, roles: Roles, config: PPOConf
     rollout = batch_of(answers, [numbers[request] for request, _ in answers], prompts)
     scores, parts = roles.rewards.start(rollout, prompts).result()
     figures = {"eval_reward": float(scores.mean())}
-    figures |= {f"eval_reward_{name}": float(values.mean()) for name, values in parts.items()}
+    figures |= {f"eval_{name}": mean for name, mean in means_of(parts).items()}
     if n > 1:
         figures["eval_best_reward"] = float(np.maximum.reduceat(scores, np.arange(0, len(scores), n)).mean())
     figures["eval_response_length"] = float(rollout.response_lengths.mean())

@@ -210,9 +210,7 @@ def figures_of(
         "prompt_length": rollout.prompt_lengths.mean(),
         "truncated": rollout.truncated.mean(),
     }
-    figures |= {
-        f"reward_{name}": np.nanmean(values) for name, values in judged.parts.items() if not np.isnan(values).all()
-    }
+    figures |= means_of(judged.parts)
     if config.experience.overlong_buffer_len or config.experience.truncated_responses == "penalise":
         figures["length_penalty"] = penalty.mean()
     if mask.any():
@@ -233,6 +231,11 @@ def figures_of(
     if config.rollout.n_samples_per_prompt > 1:
         figures["groups_without_spread"] = 1 - informative(scores, rollout.groups).mean()
     return {name: float(value) for name, value in figures.items()}
+
+
+def means_of(parts: Mapping[str, NDArray[Any]]) -> Figures:
+    """The mean of every part of the rewards, as `reward_NAME`, over the responses that have it."""
+    return {f"reward_{name}": float(np.nanmean(values)) for name, values in parts.items() if not np.isnan(values).all()}
 
 
 def tensor(values: NDArray[Any]) -> torch.Tensor:

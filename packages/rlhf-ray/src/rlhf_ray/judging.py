@@ -120,5 +120,7 @@ class Judging:
             chunk.calls["policy"] = roles.policy.map("token_logps", chunk.rollout, gives=(TARGETS,), **size)
         if roles.reference is not None:
             chunk.calls["reference"] = roles.reference.map("token_logps", chunk.rollout, gives=(TARGETS,), **size)
+        elif self.config.needs_reference:
+            chunk.calls["reference"] = roles.policy.map("reference_logps", chunk.rollout, gives=(TARGETS,), **size)
         if roles.critic is not None:
             chunk.calls["critic"] = roles.critic.map("values", chunk.rollout, gives=(TARGETS, SAMPLES), **size)

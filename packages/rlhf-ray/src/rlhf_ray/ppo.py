@@ -24,7 +24,7 @@ from rlhf_ray.prompts import PromptData
 from rlhf_ray.roles import Roles
 from rlhf_ray.rollout import Experience
 from rlhf_ray.rollouts import Rollouts
-from rlhf_ray.samples import SampleLog
+from rlhf_ray.samples import SampleLog, table
 
 SHOWN = ("reward", "kl", "response_length", "entropy", "policy_loss", "value_loss", "samples_per_second")
 """Figures of a rollout that are shown while it runs."""
@@ -119,6 +119,7 @@ class PPO:
         with self.timed("judge"):
             judged = judging.result()
             experience, figures = make_experience(judged, self.config, self.kl.coef)
+        self.parts = judged.parts
         stale = self.updates - experience.versions
         figures |= {"staleness": float(stale.mean()), "staleness_max": float(stale.max())}
         if self.config.rollout.dynamic_filtering:
@@ -212,7 +213,8 @@ class PPO:
             "weight_version": self.updates,
         }
         self.write(figures | self.roles.engines.figures())
-        self.samples.write(self.position.step, experience)
+        rows = self.samples.write(self.position.step, experience, self.parts)
+        self.record.table("samples", *table(rows))
         self.seconds, self.logged = {}, (self.position.samples, self.position.tokens)
 
     def write(self, figures: dict[str, float]) -> None:

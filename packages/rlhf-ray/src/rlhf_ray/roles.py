@@ -44,5 +44,6 @@ class Roles:
 
     def close(self) -> None:
         """End all processes."""
+        self.rewards.close()
         self.engines.close()
         self.backend.close()

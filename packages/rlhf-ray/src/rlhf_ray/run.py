@@ -231,7 +231,7 @@ def run(prepared: Prepared, backend: Backend, places: Mapping[str, Sequence[Plac
 def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Sequence[Place]]) -> Roles:
     """Start the processes of all roles and wait until all are ready; the first failure ends the run with its cause."""
     from rlhf_ray.engines.policy import PolicyEngines
-    from rlhf_ray.rewards import Rewards, needs_workers
+    from rlhf_ray.rewards import Rewards, connect_servers, needs_workers
     from rlhf_ray.roles import Roles
     from rlhf_ray.workers.critic import CriticWorker
     from rlhf_ray.workers.policy import PolicyWorker
@@ -240,6 +240,7 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
 
     config = prepared.config
     timeout, patience = config.cluster.start_timeout, config.cluster.call_timeout
+    servers = connect_servers(config)
     groups: dict[str, WorkerGroup] = {}
     pendings: list[Pending[Any]] = []
 
@@ -248,7 +249,7 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
         pendings.append(groups[role].start("setup", config, meeting, *arguments))
 
     start("policy", PolicyWorker, prepared.steps)
-    if config.needs_reference:
+    if config.starts_reference:
         start("reference", ReferenceWorker)
     if config.needs_critic:
         start("critic", CriticWorker, prepared.steps)
@@ -260,9 +261,8 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
         engines = start_engines(prepared, backend, places, groups["policy"])
         pendings.append(engines.ready)
     wait_all(pendings, timeout, "getting ready")
-    rewards = Rewards(
-        [(source.name, groups[f"reward {source.name}"]) for source in sources], config, prepared.tokenizer
-    )
+    judges = [(source.name, groups[f"reward {source.name}"]) for source in sources]
+    rewards = Rewards(judges, config, prepared.tokenizer, servers)
     return Roles(
         backend,
         groups["policy"],

@@ -92,6 +92,10 @@ class Policy(Backbone):
         )
         return (_cut(out) if empty else out), balance
 
+    def continued(self, **inputs: Any) -> Any:
+        """The model's own call, for writing responses (`rlhf_core.generate`)."""
+        return self.base(**inputs)
+
     def full_logits(self, input_ids: Tensor) -> Tensor:
         """The model's own logits of one sample, `[L]` to `[L, V]`; only to check ours against."""
         return self.model(input_ids=input_ids[None], use_cache=False).logits[0]

@@ -105,7 +105,7 @@ class WorkerGroup:
         Returns:
             What gives the arrays of all samples, in the order of `rollout`.
         """
-        plan = plan_micro_batches(rollout.lengths, len(self), size, token_budget)
+        plan = divided(rollout, len(self), size, token_budget)
         parts = [([part_of(rollout, row) for row in rank], *args) for rank in plan]
         order = np.concatenate([row for rank in plan for row in rank])
         rows = {TARGETS: ranges(rollout.target_bounds[order], rollout.response_lengths[order]), SAMPLES: order}
@@ -196,6 +196,34 @@ def wait_all(pendings: Sequence[Pending[Any]], timeout: float, doing: str) -> li
             pending.group.outcome(pending.verb, pending.references.index(reference), reference)
         left.difference_update(ready)
     return [pending.result() for pending in pendings]
+
+
+def divided(rollout: Rollout, ranks: int, size: int, token_budget: int | None) -> list[list[NDArray[np.int64]]]:
+    """Places of the samples in the micro-batches of every rank: each has as many, of about as many tokens.
+
+    Adjacent responses to one prompt stay together as far as micro-batches and ranks allow, so that their prompt is computed
+    once.
+
+    Args:
+        rollout: the samples.
+        ranks: to divide them among.
+        size: most samples of a micro-batch.
+        token_budget: most tokens of a micro-batch; None to count samples.
+    """
+    starts, width = units(rollout.groups, min(size, -(-len(rollout) // ranks)))
+    stops = np.append(starts[1:], len(rollout))
+    lengths = np.diff(rollout.cu_seqlens[np.append(starts, len(rollout))])
+    budget = None if token_budget is None else max(token_budget, int(lengths.max()))
+    plan = plan_micro_batches(lengths, ranks, max(1, size // width), budget)
+    return [[ranges(starts[row], stops[row] - starts[row]) for row in rank] for rank in plan]
+
+
+def units(groups: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], int]:
+    """Where runs of adjacent samples of one group start, none longer than `most`; and the length of the longest."""
+    changes = np.flatnonzero(np.append(True, groups[1:] != groups[:-1]))
+    longest = min(most, int(np.diff(np.append(changes, len(groups))).max()))
+    starts = np.repeat(changes, np.diff(np.append(changes, len(groups))))
+    return np.flatnonzero((np.arange(len(groups)) - starts) % longest == 0), longest
 
 
 def part_of(rollout: Rollout, places: NDArray[np.int64]) -> Part:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -27,6 +27,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     rank_offset: int
     world_size: int
     timeout: float
+    """Seconds that a broadcast may take."""
 
 
 @dataclass
@@ -44,13 +45,15 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
     group: Any = None
+    model: Any
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Meet the policy and the other engines; returns when all are there."""
         self.group = None
-        store = dist.TCPStore(init_info.master_address, init_info.master_port, is_master=False, wait_for_workers=False)
+        store = TCPStore(init_info.master_address, init_info.master_port, is_master=False, wait_for_workers=False)
         rank = init_info.rank_offset + self.parallel_config.rank
-        self.group = join(store, rank, init_info.world_size, init_info.timeout)
+        self.timeout = init_info.timeout
+        self.group = join(store, rank, init_info.world_size)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -72,7 +75,7 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
             with disable_mtp_completeness_check():
                 for bucket in buckets([weight.size for weight in manifest]):
                     buffer = torch.empty(bucket.size, dtype=torch.uint8)
-                    broadcast(self.group, buffer).wait()
+                    broadcast(self.group, buffer, self.timeout).wait()
                     # a layer is loaded when all its weights have come: they are kept till then, and so is their buffer
                     self.model.load_weights(read(buffer.to(self.device), bucket, manifest))
         except BaseException:

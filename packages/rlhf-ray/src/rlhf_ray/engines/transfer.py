@@ -11,22 +11,33 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 from rlhf_data.errors import RunError
+from rlhf_ray.config import PPOConfig
 
 SyncBackend = Literal["gloo", "nccl"]
+
+JOIN_SECONDS = 120
+"""How long members of a group, all of which have been told to come, wait for each other."""
 
 BUCKET = 256 * 2**20
 """Bytes at which a bucket is full."""
 
 ALIGNMENT = 16
 """Bytes; where a weight starts in a bucket is a multiple of it, so that it can be read in place in any number format."""
+
+
+def sync_backend(config: PPOConfig, *, on_gpu: bool) -> SyncBackend:
+    """What carries weights: `--vllm_sync_backend`, but gloo without GPUs, and where engines share theirs with the policy
+    (`--colocate_all`): NCCL takes no two members on one device.
+    """
+    return config.engines.vllm_sync_backend if on_gpu and not config.cluster.colocate_all else "gloo"
 
 
 @dataclass(frozen=True)
@@ -115,16 +126,15 @@ def read(buffer: Tensor, bucket: Bucket, manifest: Sequence[Described]) -> list[
     ]
 
 
-def join(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.ProcessGroupGloo:
+def join(store: Any, rank: int, world_size: int) -> dist.ProcessGroupGloo:
     """Meet the other members of a gloo group, which is no part of `torch.distributed`'s own; returns when all are there.
 
     Args:
         store: where they meet.
         rank: of this member.
         world_size: how many there are.
-        timeout: seconds that joining or a broadcast may take.
     """
-    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, timedelta(seconds=timeout))
+    return dist.ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timedelta(seconds=JOIN_SECONDS))
 
 
 class WeightSender:
@@ -132,7 +142,7 @@ class WeightSender:
 
     Args:
         backend: what carries the weights.
-        timeout: seconds that joining or a broadcast may take.
+        timeout: seconds that a broadcast may take.
     """
 
     def __init__(self, backend: SyncBackend, timeout: float) -> None:
@@ -164,7 +174,7 @@ class WeightSender:
             RuntimeError: some did not come in time.
         """
         if self.backend == "gloo":
-            self.group = join(self.store, 0, self.world_size, self.timeout)
+            self.group = join(self.store, 0, self.world_size)
             return
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.distributed.utils import StatelessProcessGroup
@@ -212,7 +222,7 @@ class WeightSender:
                 fill(buffer, start, next(weights))
             if sent:
                 sent[0].wait()
-            sent = broadcast(self.group, buffer), buffer
+            sent = broadcast(self.group, buffer, self.timeout), buffer
         if sent:
             sent[0].wait()
         next(weights, None)  # has it noticed if there are more
@@ -231,17 +241,26 @@ class WeightSender:
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
         """The weights, each compared with what engines expect: one out of place would be loaded as another."""
-        for expected, found in zip_longest(self.manifest, weights):
-            own = Described.of(*found) if found else None
-            if own != expected:
-                raise RunError(f"the policy's weights have changed: {own} comes where engines expect {expected}")
-            yield found[1]
+        expected = iter(self.manifest)
+        for name, weight in weights:
+            own, wanted = Described.of(name, weight), next(expected, None)
+            if own != wanted:
+                raise RunError(f"the policy's weights have changed: {own} comes where engines expect {wanted}")
+            yield weight
+        if (missing := next(expected, None)) is not None:
+            raise RunError(f"the policy's weights have changed: nothing comes where engines expect {missing}")
 
 
-def broadcast(group: dist.ProcessGroupGloo, buffer: Tensor) -> Any:
-    """Start sending a buffer from rank 0 to all, or receiving it; `.wait()` returns when it is through."""
+def broadcast(group: Any, buffer: Tensor, timeout: float) -> Any:
+    """Start sending a buffer from rank 0 to all, or receiving it; `.wait()` returns when it is through.
+
+    Args:
+        group: what `join` returned.
+        buffer: to send, or to fill.
+        timeout: seconds that it may take.
+    """
     options = dist.BroadcastOptions()
-    options.rootRank = 0
+    options.rootRank, options.timeout = 0, timedelta(seconds=timeout)
     return group.broadcast([buffer], options)
 
 

@@ -11,22 +11,19 @@ import numpy as np
 from rlhf_data.errors import InputError, RunError
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.engines.request import Answer, Request, Response
-from rlhf_ray.engines.transfer import BUCKET, Described, SyncBackend, register, update_info
+from rlhf_ray.engines.transfer import BUCKET, Described, register, sync_backend, update_info
 
 
 class VLLMWorker:
     """One engine. Making it is cheap: vLLM comes with `setup`."""
 
-    def setup(
-        self, config: PPOConfig, stop_ids: Sequence[int], context: int, backend: SyncBackend = "gloo"
-    ) -> dict[str, Any]:
+    def setup(self, config: PPOConfig, stop_ids: Sequence[int], context: int) -> dict[str, Any]:
         """Start vLLM with the weights of `--pretrain`; an engine that shares its GPU (`--colocate_all`) goes to sleep.
 
         Args:
             config: the run's options.
             stop_ids: tokens that end a response.
             context: longest sequence, prompt and response together, in tokens.
-            backend: what will carry weights, see `rlhf_ray.engines.pool.sync_backend`.
 
         Returns:
             Facts for the plan: `vllm` (its version), `device`, `kv_cache_tokens`.
@@ -53,12 +50,13 @@ class VLLMWorker:
             enable_prefix_caching=engines.enable_prefix_caching,
             gpu_memory_utilization=engines.vllm_gpu_memory_utilization,
         )
+        self.backend = sync_backend(config, on_gpu=has_gpu)
         self.sleeps = has_gpu and config.cluster.colocate_all
         arguments = llm_arguments(config.model, options, has_gpu, context) | {
             "logprobs_mode": logprobs_mode(config),
             "enforce_eager": engines.enforce_eager or not has_gpu,
             "enable_sleep_mode": self.sleeps,
-            "weight_transfer_config": {"backend": backend},
+            "weight_transfer_config": {"backend": self.backend},
         }
         try:
             self.llm: Any = vllm.LLM(**arguments)
@@ -67,8 +65,7 @@ class VLLMWorker:
                 f"vLLM does not start with --pretrain {config.model.pretrain}: {' '.join(str(error).split())[:500]} "
                 "(--vllm_num_engines 0 does without vLLM)"
             ) from error
-        self.backend, self.stop_ids = backend, list(stop_ids)
-        self.timeout = config.cluster.call_timeout
+        self.stop_ids, self.timeout = list(stop_ids), config.cluster.call_timeout
         self.asked: dict[str, Request] = {}
         self.finished: list[Answer] = []
         self.count = 0
@@ -113,11 +110,10 @@ class VLLMWorker:
         Returns:
             In the order of the requests, whose numbers are of no other request here.
         """
-        for request in requests:
-            self._begin(request)
-        wanted = {request.number for request in requests}
-        while wanted & {request.number for request in self.asked.values()}:
+        names = [self._begin(request) for request in requests]
+        while not self.asked.keys().isdisjoint(names):
             self._step()
+        wanted = {request.number for request in requests}
         found = {answer[0]: answer for answer in self.finished if answer[0] in wanted}
         self.finished = [answer for answer in self.finished if answer[0] not in wanted]
         return [found[request.number] for request in requests]
@@ -169,8 +165,8 @@ class VLLMWorker:
         if self.sleeps:
             self.llm.wake_up()
 
-    def _begin(self, request: Request) -> None:
-        """Put a request into vLLM's queue."""
+    def _begin(self, request: Request) -> str:
+        """Put a request into vLLM's queue; returns its name there."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -193,6 +189,7 @@ class VLLMWorker:
         name = str(self.count)
         self.llm.llm_engine.add_request(name, tokens_input(request.prompt_ids.tolist()), how)
         self.asked[name] = request
+        return name
 
     def _step(self) -> None:
         """Have every response that is being written grow by a token."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.generate import Draft
     from rlhf_core.metrics import Meter
-    from rlhf_ray.engines.transfer import WeightSender
+    from rlhf_ray.engines.transfer import Described, WeightSender
 
 STATE = "policy.json"
 """In a checkpoint: what else there is to know of the policy."""
@@ -89,8 +89,14 @@ class PolicyWorker(RankWorker):
 
     def token_logps(self, parts: list[Part]) -> list[tuple[NDArray[np.float32]]]:
         """Log-probs of the response tokens of some micro-batches, at the sampling temperature, `[M]` each."""
+        self.reload()
         self.engine.eval()
         return list(token_logps(self.engine, parts, self.config, self.share, self.strategy.device))
+
+    def reference_logps(self, parts: list[Part]) -> list[tuple[NDArray[np.float32]]]:
+        """The same of the model that training started from: with the adapter off."""
+        self.engine.eval()
+        return list(token_logps(self.engine, parts, self.config, self.share, self.strategy.device, adapter=False))
 
     def update(self, steps: list[Step]) -> list[dict[str, float]]:
         """Make optimizer steps; every rank is given as many, each with as many micro-batches.
@@ -210,10 +216,9 @@ class PolicyWorker(RankWorker):
         Args:
             world_size: this rank and all devices of the engines.
         """
-        from rlhf_ray.engines.transfer import WeightSender
+        from rlhf_ray.engines.transfer import WeightSender, sync_backend
 
-        on_gpu = self.strategy.device.type == "cuda"
-        backend = self.config.engines.vllm_sync_backend if on_gpu else "gloo"
+        backend = sync_backend(self.config, on_gpu=self.strategy.device.type == "cuda")
         self.sender = WeightSender(backend, self.config.cluster.call_timeout)
         return self.address, self.sender.open(self.address, world_size)
 
@@ -222,12 +227,10 @@ class PolicyWorker(RankWorker):
         assert self.sender is not None
         self.sender.connect()
 
-    def describe_weights(self) -> dict[str, Any] | None:
-        """What every update of the engines consists of, as the first rank says it (`Manifest`); on all ranks."""
-        described = self.weights()
-        if self.sender is not None:
-            return self.sender.describe(described).to_dict()
-        return finish(described)
+    def describe_weights(self) -> list[Described] | None:
+        """What every update of the engines consists of, as the first rank says it; on all ranks."""
+        seen = self.weights()
+        return self.sender.describe(seen) if self.sender is not None else finish(seen)
 
     def send_weights(self) -> dict[str, float] | None:
         """Give the weights to the engines, which must listen; figures from the first rank. On all ranks."""
@@ -289,16 +292,17 @@ def layout(config: PPOConfig) -> tuple[bool, bool]:
 
 
 def token_logps(
-    model: Any, parts: Sequence[Part], config: PPOConfig, share: bool, device: Any
+    model: Any, parts: Sequence[Part], config: PPOConfig, share: bool, device: Any, *, adapter: bool = True
 ) -> Iterator[tuple[NDArray[np.float32]]]:
     """Log-probs of the response tokens of each micro-batch, at the sampling temperature, without gradient."""
     import torch
 
     from rlhf_ray.collate import collate_part
 
+    verb = ("token_logps",) if adapter else ("without_adapter", "token_logps")
     for part in parts:
         with torch.no_grad():
-            logps, _ = model("token_logps", collate_part(part, share=share).to(device), config.rollout.temperature)
+            logps, _ = model(*verb, collate_part(part, share=share).to(device), config.rollout.temperature)
         yield (logps.float().cpu().numpy(),)
 
 

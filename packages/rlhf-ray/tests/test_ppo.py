@@ -1,0 +1,217 @@
+"""The whole loop in this process: what it converges to, that it resumes, and that the layout of work does not change it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_data.errors import InputError, RunError
+from rlhf_data.options import build
+from rlhf_ray.cluster.backend import LocalBackend
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.run import prepare, run
+
+ARMS = "ab"
+REWARD = """
+from pathlib import Path
+
+def reward(responses):
+    fuse = Path(__file__).with_name("fuse")
+    if fuse.exists():
+        left = int(fuse.read_text()) - 1
+        fuse.write_text(str(left))
+        if left == 0:
+            raise RuntimeError("burnt out")
+    return {"rewards": [float(response == "b") for response in responses], "empty": [response == "" for response in responses]}
+"""
+"""Pays for one answer. With a number in the file `fuse`, its call of that number fails."""
+
+ESTIMATORS = ("gae", "reinforce", "rloo", "reinforce_baseline", "grpo", "dr_grpo")
+
+
+@pytest.fixture(scope="session")
+def bandit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows two words, and prompts to which it answers with one of them."""
+    from rlhf_core.libraries import settle
+
+    settle()
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from rlhf_core.tiny import make_model
+
+    folder = tmp_path_factory.mktemp("bandit")
+    words = {"</s>": 0, **{word: number for number, word in enumerate([*ARMS, "p", "q"], start=1)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="q"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    make_model(tokenizer, folder, hidden_size=32, layers=1, max_len=32, initializer_range=0.2)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "p " * (1 + n % 3)}) + "\n" for n in range(24)))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture
+def options(bandit: Path, tmp_path: Path) -> Callable[..., PPOConfig]:
+    """The options of a short run on it."""
+
+    def make(**given: Any) -> PPOConfig:
+        flat = {
+            "pretrain": str(bandit), "prompt_data": str(bandit / "prompts.jsonl"),
+            "reward_pretrain": str(bandit / "reward.py"), "save_path": str(tmp_path / "out"), "zero_stage": 0,
+            "rollout_batch_size": 32, "train_batch_size": 16, "micro_train_batch_size": 16, "n_samples_per_prompt": 4,
+            "micro_rollout_batch_size": 32, "generate_max_len": 1, "prompt_max_len": 8, "num_episodes": 5,
+            "actor_learning_rate": 0.02, "critic_learning_rate": 0.02, "init_kl_coef": 0.0, "lr_warmup_ratio": 0.0,
+            "advantage_estimator": "grpo", "logging_steps": 1,
+        }  # fmt: skip
+        return build(PPOConfig, flat | given)
+
+    return make
+
+
+def train(config: PPOConfig) -> list[dict[str, float]]:
+    """Run in this process; the rows of its record."""
+    run(prepare(config), LocalBackend(), {})
+    return rows(config)
+
+
+def rows(config: PPOConfig) -> list[dict[str, float]]:
+    text = (Path(config.checkpoint.save_path) / "run/metrics.jsonl").read_text()
+    timed = ("seconds", "samples_per_second", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in text.splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_bandit_is_solved_under_every_estimator(options, estimator):
+    found = train(options(advantage_estimator=estimator))
+    assert found[0]["reward"] < 0.6
+    assert found[-1]["reward"] > 0.9, [row["reward"] for row in found]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"policy_loss": "gspo"},
+        {"policy_loss": "cispo"},
+        {"advantage_estimator": "gae", "max_epochs": 2, "init_kl_coef": 0.01, "kl_target": 0.1, "dual_clip": 3.0},
+        {"use_kl_loss": True, "init_kl_coef": 0.01, "eps_clip_high": 0.28, "entropy_coef": 1e-3},
+        {"lora_rank": 4, "init_kl_coef": 0.01, "actor_learning_rate": 0.1, "importance_cap": 2.0},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_it_is_solved_under_every_loss(options, given):
+    found = train(options(**given))
+    assert max(row["reward"] for row in found[-3:]) > 0.8, [row["reward"] for row in found]
+
+
+def test_the_first_update_sees_the_weights_that_wrote_the_rollout(options):
+    first = train(options(max_rollouts=1, temperature=0.7, train_batch_size=32, init_kl_coef=0.01))[0]
+    assert first["ratio_mean"] == pytest.approx(1, abs=1e-4) and first["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert first["rollout_logp_gap_max"] < 1e-4 and first["kl"] == pytest.approx(0, abs=1e-5)
+
+
+LAYOUT = {"max_rollouts": 3, "init_kl_coef": 0.05, "generate_max_len": 4, "actor_learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"micro_train_batch_size": 2, "micro_rollout_batch_size": 3},
+        {"flash_attn": False},
+        {"packing_samples": True, "packing_tokens": 20},
+        {"zero_stage": 3},
+    ],
+    ids=["micro-batches", "padded", "packed", "ZeRO 3"],
+)
+def test_how_work_is_laid_out_does_not_change_the_run(options, tmp_path, other):
+    plain = train(options(**LAYOUT))
+    same = train(options(**LAYOUT, **other, save_path=str(tmp_path / "other")))
+    for one, two in zip(plain, same, strict=True):
+        assert {key: pytest.approx(value, rel=2e-4, abs=2e-5) for key, value in one.items()} == two
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"advantage_estimator": "gae", "init_kl_coef": 0.05, "kl_target": 0.01, "enable_ema": True, "max_epochs": 2},
+        {"zero_stage": 2, "lora_rank": 2, "lora_dropout": 0.1, "init_kl_coef": 0.01},
+    ],
+    ids=["critic", "adapter"],
+)
+@pytest.mark.parametrize("call", [9, 10])
+def test_a_run_that_broke_off_goes_on_as_if_it_had_not(options, bandit, tmp_path, given, call):
+    """It breaks off while a rollout is judged; every phase has the same state behind it, that of the last checkpoint."""
+    settings = {
+        **given, "max_rollouts": 5, "generate_max_len": 3, "micro_rollout_batch_size": 16, "save_steps": 2, "eval_ratio": 0.2,
+        "eval_steps": 2, "actor_learning_rate": 5e-3,
+    }  # fmt: skip
+    whole = options(**settings, save_path=str(tmp_path / "whole"))
+    expected = train(whole)
+    (bandit / "fuse").write_text(str(call))
+    try:
+        with pytest.raises(RunError, match="burnt out"):
+            train(options(**settings))
+    finally:
+        (bandit / "fuse").unlink()
+    config = options(**settings, load_checkpoint=True)
+    assert train(config) == expected
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    for name in names:
+        one, two = load_file(tmp_path / "whole" / name), load_file(tmp_path / "out" / name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert names and (tmp_path / "whole/run/samples.jsonl").read_text() == (tmp_path / "out/run/samples.jsonl").read_text()
+
+
+def test_a_checkpoint_of_another_run_is_refused(options):
+    train(options(max_rollouts=2, save_steps=1))
+    with pytest.raises(InputError, match="holds checkpoints of an earlier run"):
+        train(options(max_rollouts=2, save_steps=1))
+    with pytest.raises(InputError, match="advantage_estimator was grpo and is rloo"):
+        train(options(max_rollouts=2, save_steps=1, load_checkpoint=True, advantage_estimator="rloo"))
+
+
+def test_held_out_prompts_are_answered_and_parts_of_rewards_logged(options):
+    found = train(options(eval_ratio=0.25, eval_steps=2, eval_at_start=True, max_rollouts=3, eval_n_samples_per_prompt=2,
+                          eval_temperature=1.0))  # fmt: skip
+    evaluated = [row for row in found if "eval_reward" in row]
+    assert [row["rollout"] for row in evaluated] == [0, 2, 3]
+    assert all(row["eval_best_reward"] >= row["eval_reward"] for row in evaluated)
+    assert {"reward_reward", "reward_reward.empty", "eval_reward_reward"} <= {key for row in found for key in row}
+
+
+def test_the_actor_waits_for_the_critic(options, bandit):
+    found = train(options(advantage_estimator="gae", freezing_actor_steps=2, max_rollouts=3, save_value_network=True))
+    assert ["policy_loss" in row for row in found] == [False, False, True]
+    assert [row["weight_version"] for row in found] == [0, 0, 1]
+    critic = Path(options().checkpoint.save_path + "_critic")
+    assert json.loads((critic / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_prompts_whose_responses_are_worth_the_same_are_left_out(options):
+    found = train(options(dynamic_filtering=True, max_rollouts=3, max_filtered=100, actor_learning_rate=2e-3))
+    assert all(row["groups_without_spread"] == 0 and row["samples"] == 32 * row["rollout"] for row in found)
+    assert any(row["filtered"] > 0 for row in found)
+
+
+def test_rewards_that_never_differ_end_a_filtered_run_with_the_reason(options, tmp_path):
+    constant = tmp_path / "constant.py"
+    constant.write_text("def reward(responses):\n    return [1.0] * len(responses)\n")
+    with pytest.raises(RunError, match="--dynamic_filtering: rollout 0 has asked 16 prompts.*--max_filtered 2"):
+        train(options(reward_pretrain=str(constant), dynamic_filtering=True, max_filtered=2))
+
+
+def test_too_few_prompts_are_refused_with_numbers(options):
+    with pytest.raises(InputError, match="takes 256 prompts, and there are 24: give --rollout_batch_size 96 or less"):
+        prepare(options(rollout_batch_size=1024))
