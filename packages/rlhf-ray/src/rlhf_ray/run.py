@@ -15,6 +15,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.prompts import PromptData
 
 if TYPE_CHECKING:
+    from rlhf_ray.engines.pool import VLLMEngines
     from rlhf_ray.rewards import Source
     from rlhf_ray.roles import Roles
 
@@ -271,6 +272,26 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
         groups.get("critic"),
         groups.get("reference"),
     )
+
+
+def start_engines(
+    prepared: Prepared, backend: Backend, places: Mapping[str, Sequence[Place]], policy: WorkerGroup
+) -> VLLMEngines:
+    """Start the processes of the vLLM engines."""
+    from rlhf_infer.engines.engine import stop_ids
+    from rlhf_ray.cluster.placement import ENGINES
+    from rlhf_ray.engines.pool import PROBES, VLLMEngines
+    from rlhf_ray.engines.vllm import VLLMWorker
+
+    config, train = prepared.config, prepared.data.train
+
+    def start(number: int) -> Any:
+        place = places.get(ENGINES, [Place()] * config.engines.vllm_num_engines)[number]
+        return backend.start(VLLMWorker, place=place, name=f"vLLM engine {number}")
+
+    ends = list(stop_ids(config.model.pretrain, prepared.model_config, prepared.tokenizer))
+    probes = [train.ids(number) for number in range(min(PROBES, len(train)))]
+    return VLLMEngines(config, backend, policy, start, (config, ends, prepared.context), probes)
 
 
 def identity_of(prepared: Prepared, roles: Roles) -> dict[str, Any]:

@@ -18,6 +18,10 @@ class WorkerDied(RunError):
     """The process of a worker is gone."""
 
 
+class Unexpected(RunError):
+    """A worker raised what was not written for people; the message says what it was."""
+
+
 @dataclass(frozen=True)
 class Place:
     """What a worker's process gets, as planned in `rlhf_ray.cluster.placement`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError, RunError
-from rlhf_ray.cluster.backend import Backend, Place
+from rlhf_ray.cluster.backend import Backend, Place, Unexpected, WorkerDied
 from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, ranges
 
 T = TypeVar("T")
+
+AFTERMATH = 2.0
+"""Seconds that other failures are waited for after the first one."""
 
 
 @dataclass(frozen=True)
@@ -118,28 +122,16 @@ class WorkerGroup:
 
     def wait(self, verb: str, references: Sequence[Any]) -> list[Any]:
         """Results of one call of every rank; the first failure ends it."""
-        left, deadline = dict(enumerate(references)), time.monotonic() + self.timeout
-        found: dict[int, Any] = {}
-        while left:
-            ready = set(self.backend.wait(list(left.values()), max(0.0, deadline - time.monotonic())))
-            if not ready:
-                ranks = ", ".join(map(str, sorted(left)))
-                raise RunError(
-                    f"the {self.role} did not answer: `{verb}` of rank {ranks} has taken more than {self.timeout:g} s "
-                    "(--call_timeout); --load_checkpoint continues from the newest checkpoint"
-                )
-            for rank in [rank for rank, reference in left.items() if reference in ready]:
-                found[rank] = self.outcome(verb, rank, left.pop(rank))
-        return [found[rank] for rank in range(len(references))]
 
-    def outcome(self, verb: str, rank: int, reference: Any) -> Any:
-        """The result of one rank's call that has ended."""
-        try:
-            return self.backend.result(reference)
-        except InputError:
-            raise
-        except Exception as error:
-            raise RunError(f"the {self.role}, rank {rank}, `{verb}`: {said(error)}") from error
+        def late(calls: Sequence[Call]) -> str:
+            ranks = ", ".join(str(call.rank) for call in calls)
+            return (
+                f"the {self.role} did not answer: `{verb}` of rank {ranks} has taken more than {self.timeout:g} s "
+                "(--call_timeout); --load_checkpoint continues from the newest checkpoint"
+            )
+
+        calls = [Call(self, verb, rank, reference) for rank, reference in enumerate(references)]
+        return gather(self.backend, calls, self.timeout, late)
 
     def stop(self) -> None:
         """End its processes."""
@@ -147,55 +139,127 @@ class WorkerGroup:
             self.backend.stop(handle)
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one rank was asked for."""
+
+    group: WorkerGroup
+    verb: str
+    rank: int
+    reference: Any
+
+
 def start_group(
-    backend: Backend, role: str, worker: Callable[..., Any], places: Sequence[Place], timeout: float
+    backend: Backend, role: str, worker: Callable[[int, int], Any], places: Sequence[Place], timeout: float
 ) -> tuple[WorkerGroup, tuple[str, int] | None]:
-    """Start all ranks of a role, and open the place where they meet.
+    """Start the ranks of a role, and have the first one open a place where they meet.
 
     Args:
-        backend: runs them.
+        backend: starts them.
         role: what people call it.
-        worker: a class, made with rank and world size; its `meet` opens the place.
-        places: of its ranks.
+        worker: makes a rank, given its number and how many there are; a `RankWorker`.
+        places: of the ranks.
         timeout: seconds that a call may take.
 
     Returns:
-        The role, and address and port of the place; None for a single rank.
+        The role, and where its ranks meet: address and port; None for a single rank.
+
+    Raises:
+        RunError: the first rank does not start.
     """
+    size = len(places)
     handles = [
-        backend.start(worker, rank, len(places), place=place, name=f"{role} rank {rank}")
+        backend.start(worker, rank, size, place=place, name=f"{role} rank {rank}" if size > 1 else role)
         for rank, place in enumerate(places)
     ]
     group = WorkerGroup(role, backend, handles, timeout)
-    if len(handles) == 1:
+    if size == 1:
         return group, None
-    return group, group.wait("meet", [backend.call(handles[0], "meet")])[0]
+    (meeting,) = group.wait("meet", [backend.call(handles[0], "meet")])
+    return group, meeting
 
 
 def wait_all(pendings: Sequence[Pending[Any]], timeout: float, doing: str) -> list[Any]:
-    """Results of calls of several roles; the first failure of any of them ends it.
+    """Wait for calls of several roles at once; the first failure of any of them ends it.
 
     Args:
         pendings: the calls.
-        timeout: seconds that all of them may take together.
-        doing: what they do, for errors.
+        timeout: seconds in which all must have ended.
+        doing: what they do, for the error: `getting ready`.
+
+    Returns:
+        The result of each.
 
     Raises:
         RunError: some do not answer in time, or one failed: its own error, with role and rank.
     """
-    owners = {reference: pending for pending in pendings for reference in pending.references}
-    left, deadline = set(owners), time.monotonic() + timeout
+    if not pendings:
+        return []
+
+    def late(calls: Sequence[Call]) -> str:
+        ranks: dict[str, list[str]] = {}
+        for call in calls:
+            ranks.setdefault(call.group.role, []).append(str(call.rank))
+        silent = "; ".join(f"{role}, rank {', '.join(numbers)}" for role, numbers in ranks.items())
+        return f"{doing} took more than {timeout:g} s (--start_timeout); no answer from: {silent} (`ray status` shows the cluster)"
+
+    calls = [
+        Call(pending.group, pending.verb, rank, reference)
+        for pending in pendings
+        for rank, reference in enumerate(pending.references)
+    ]
+    results = iter(gather(pendings[0].group.backend, calls, timeout, late))
+    return [pending.finish(list(islice(results, len(pending.references)))) for pending in pendings]
+
+
+def gather(backend: Backend, calls: Sequence[Call], timeout: float, late: Callable[[Sequence[Call]], str]) -> list[Any]:
+    """Results of calls, in their order.
+
+    When one fails, others are often about to: ranks lose their connection to one that died. So after the first failure a
+    moment more is waited, and the error is the one that is likeliest to be the cause.
+
+    Args:
+        backend: of all of them.
+        calls: what was asked for.
+        timeout: seconds.
+        late: makes an error's text of calls that have not ended in time.
+
+    Raises:
+        InputError: as a rank raised it.
+        RunError: what another failure was, with role and rank.
+    """
+    left, deadline = {call.reference: call for call in calls}, time.monotonic() + timeout
+    found: dict[Any, Any] = {}
+    failed: list[tuple[Call, Exception]] = []
     while left:
-        backend = next(iter(owners.values())).group.backend
         ready = backend.wait(list(left), max(0.0, deadline - time.monotonic()))
-        if not ready:
-            late = ", ".join(sorted({owners[reference].group.role for reference in left}))
-            raise RunError(f"{doing} has taken more than {timeout:g} s (--start_timeout); not ready: {late}")
+        if not ready and not failed:
+            raise RunError(late(list(left.values())))
         for reference in ready:
-            pending = owners[reference]
-            pending.group.outcome(pending.verb, pending.references.index(reference), reference)
-        left.difference_update(ready)
-    return [pending.result() for pending in pendings]
+            call = left.pop(reference)
+            try:
+                found[reference] = backend.result(reference)
+            except Exception as error:
+                if not failed:
+                    deadline = min(deadline, time.monotonic() + AFTERMATH)
+                failed.append((call, error))
+        if failed and not ready:
+            break
+    if failed:
+        call, error = min(failed, key=lambda failure: suspicion(failure[1]))
+        if isinstance(error, InputError):
+            raise error
+        raise RunError(f"the {call.group.role}, rank {call.rank}, `{call.verb}`: {said(error)}") from error
+    return [found[call.reference] for call in calls]
+
+
+def suspicion(error: Exception) -> int:
+    """How likely an error is the cause of others that came with it: the smaller, the likelier."""
+    if isinstance(error, WorkerDied):
+        return 1
+    if isinstance(error, InputError | RunError) and not isinstance(error, Unexpected):
+        return 0
+    return 2
 
 
 def divided(rollout: Rollout, ranks: int, size: int, token_budget: int | None) -> list[list[NDArray[np.int64]]]:

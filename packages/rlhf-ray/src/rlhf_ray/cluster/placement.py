@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,10 +69,6 @@ class Role:
 
     gpus: int = 1
     """Of each process, where there are GPUs."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.nodes, self.per_node
 
     @property
     def size(self) -> str:
@@ -152,7 +148,7 @@ def plan(config: PPOConfig, sources: Sequence[Source], nodes: Sequence[Node]) ->
     Args:
         config: the run's options.
         sources: reward models and functions that run in processes of their own, see `rlhf_ray.rewards.needs_workers`.
-        nodes: of the cluster, alive; that of the driver first.
+        nodes: of the cluster, that of the driver first.
 
     Raises:
         InputError: colocated roles differ in shape, or the cluster is too small; the message names the options.
@@ -161,26 +157,25 @@ def plan(config: PPOConfig, sources: Sequence[Source], nodes: Sequence[Node]) ->
     hosts = colocated(config, roles)
     sites = [role for role in roles if role.name not in hosts]
     has_gpus = any(node.gpus >= 1 for node in nodes)
-    free = True
-    chosen = choose(sites, nodes, has_gpus, free=True)
-    if chosen is None:
-        free = False
-        chosen = choose(sites, nodes, has_gpus, free=False)
-    if chosen is None:
-        raise InputError(too_small(sites, nodes, has_gpus))
-    layout = lay_out(config, roles, hosts, chosen)
-    bundles, slots = divide(config, roles, layout, has_gpus, free=free)
-    used = {slot.node: None for row in slots.values() for slot in row}
-    return Plan(tuple(used), bundles, slots, hosts, tuple(notes(config, roles, chosen, has_gpus, free=free)))
+    for free in (True, False):
+        chosen = choose(sites, hosts, nodes, has_gpus, free=free)
+        if chosen is not None:
+            break
+    else:
+        raise InputError(too_small(sites, hosts, nodes, has_gpus))
+    pieces = [(node, role.gpus if has_gpus else 0) for role in sites for node in chosen[role.name]]
+    bundles, slots = divide(config, roles, spans_of(roles, hosts), pieces, has_gpus, free=free)
+    used = tuple(node for node in nodes if any(bundle.node is node for bundle in bundles))
+    return Plan(used, bundles, slots, hosts, tuple(notes(config, roles, chosen, has_gpus, free=free)))
 
 
 def roles_of(config: PPOConfig, sources: Sequence[Source]) -> list[Role]:
-    """All roles that have processes of their own."""
+    """All roles that have processes of their own, the policy first."""
     cluster, engines = config.cluster, config.engines
 
     def sized(name: str, option: str) -> Role:
-        shape = getattr(cluster, f"{option}_num_nodes"), getattr(cluster, f"{option}_num_gpus_per_node")
-        return Role(name, option, *shape)
+        nodes, gpus = (getattr(cluster, f"{option}_num_{what}") for what in ("nodes", "gpus_per_node"))
+        return Role(name, option, nodes, gpus)
 
     roles = [sized("policy", "actor")]
     if config.starts_reference:
@@ -196,76 +191,242 @@ def roles_of(config: PPOConfig, sources: Sequence[Source]) -> list[Role]:
 
 
 def colocated(config: PPOConfig, roles: Sequence[Role]) -> dict[str, str]:
-    """Which roles share the devices of which other one.
+    """Roles that share the devices of another one, and that one.
 
     Raises:
         InputError: their shapes differ.
     """
     cluster, by_name = config.cluster, {role.name: role for role in roles}
-    models = [role for role in roles if role.option == "reward"]
     hosts: dict[str, str] = {}
-
-    def share(option: str, guest: Role, host: str) -> None:
-        if guest.shape != by_name[host].shape:
-            raise InputError(
-                f"{option} puts the {by_name[host].name} and the {guest.name} on the same devices, and they differ: "
-                f"{by_name[host].size}, {guest.size}; make them equal"
-            )
-        hosts[guest.name] = host
-
-    if cluster.colocate_all:
-        for role in roles[1:]:
-            if role.name == ENGINES:
-                check_engines_fit(by_name["policy"], role)
-                hosts[ENGINES] = "policy"
-            elif role.option:
-                share("--colocate_all", role, "policy")
-        return hosts
-    if cluster.colocate_actor_ref and "reference" in by_name:
-        share("--colocate_actor_ref", by_name["reference"], "policy")
-    if cluster.colocate_critic_reward:
-        for role in models:
-            share("--colocate_critic_reward", role, "critic")
+    for role in roles[1:]:
+        if (role.option and cluster.colocate_all) or (role.option == "ref" and cluster.colocate_actor_ref):
+            hosts[role.name] = "policy"
+        elif role.option == "reward" and cluster.colocate_critic_reward:
+            hosts[role.name] = "critic"
+    for guest, host in hosts.items():
+        check_fit(config, by_name[guest], by_name[host])
     return hosts
 
 
-def check_engines_fit(policy: Role, engines: Role) -> None:
-    """Make sure that every engine finds GPUs of the policy for itself."""
-    room = policy.nodes * (policy.per_node // engines.gpus)
-    if engines.nodes > room:
+def check_fit(config: PPOConfig, guest: Role, host: Role) -> None:
+    """Make sure that a role fits on the devices of another one."""
+    pair = "critic_reward" if host.name == "critic" else "actor_ref"
+    option = "--colocate_all" if config.cluster.colocate_all else f"--colocate_{pair}"
+    if guest.name == ENGINES:
+        room = host.nodes * (host.per_node // guest.gpus)
+        if guest.nodes > room:
+            raise InputError(
+                f"{option} puts the engines on the devices of the policy: {guest.size}, and {host.size} has room for {room}"
+            )
+    elif (guest.nodes, guest.per_node) != (host.nodes, host.per_node):
         raise InputError(
-            f"--colocate_all puts engines on the devices of the policy: {engines.size}, and {policy.size} has room for "
-            f"{room} such engines"
+            f"{option} puts {host.name} and {guest.name} on the same devices: {host.size} and {guest.size} must be equal"
         )
 
 
-def choose(sites: Sequence[Role], nodes: Sequence[Node], has_gpus: bool, *, free: bool) -> dict[str, list[Node]] | None:
-    """The node of each process of each site: of a role with devices of its own.
+def choose(
+    sites: Sequence[Role], hosts: Mapping[str, str], nodes: Sequence[Node], has_gpus: bool, *, free: bool
+) -> dict[str, list[Node]] | None:
+    """The node of each process of the roles that have devices of their own; None if there is no room for one.
 
-    GPUs are filled by the best fit, the largest demands first; CPUs evenly. None if something finds no room.
+    GPUs are filled by the best fit, the largest pieces first; without GPUs, nodes get processes in proportion to their CPUs.
     """
-    left = {node: node.has(free=free) for node in nodes}
-    load: Counter[Node] = Counter()
-    chosen: dict[str, list[Node]] = {}
-    for site in sorted(sites, key=lambda role: -role.per_node * role.gpus) if has_gpus else sites:
-        needs = site.per_node * site.gpus if has_gpus else 0
-        fitting = [node for node, (cpus, gpus) in left.items() if (gpus >= needs if needs else cpus > 0)]
-        pieces = site.nodes
-        chosen[site.name] = []
-        while pieces:
-            fitting = [node for node in fitting if not needs or left[node][1] >= needs]
-            if needs:
-                fitting.sort(key=lambda node: left[node][1])
-            elif site.gpus:
-                fitting.sort(key=lambda node: load[node] / left[node][0])
-            # Engines may share a node, and so may the nodes of a role where there are no GPUs
-            apart = has_gpus and site.name != ENGINES
-            taken = fitting[: pieces if site.name != ENGINES else 1]
-            if not taken or (apart and len(taken) < pieces):
-                return None
-            for node in taken:
-                left[node] = left[node][0], left[node][1] - needs
-                load[node] += site.per_node
-                chosen[site.name] += [node] * site.per_node
-            pieces -= len(taken)
-    return chosen
+    cpus = {node: node.has(free=free)[0] for node in nodes if node.has(free=free)[0] > 0}
+    gpus = {node: node.has(free=free)[1] for node in nodes}
+    guests, load = Counter(hosts.values()), Counter[Node]()
+    taken: dict[str, list[Node] | None] = {}
+    for role in sorted(sites, key=lambda role: role.per_node * role.gpus, reverse=True) if has_gpus else sites:
+        if role.gpus and has_gpus:
+            taken[role.name] = on_gpus(role, gpus)
+        elif role.gpus:
+            taken[role.name] = on_cpus(role, cpus, load, 1 + guests[role.name])
+        else:
+            taken[role.name] = list(cpus)[:1]  # where the driver is: its file is there
+        if not taken[role.name]:
+            return None
+    return {role.name: [node for node in taken[role.name] or [] for _ in range(role.per_node)] for role in sites}
+
+
+def on_gpus(role: Role, left: dict[Node, float]) -> list[Node] | None:
+    """Nodes for a role, one by one where the fewest GPUs are left over; different ones, except for engines."""
+    need, found = role.per_node * role.gpus, list[Node]()
+    for _ in range(role.nodes):
+        fitting = [node for node, gpus in left.items() if gpus >= need and (role.name == ENGINES or node not in found)]
+        if not fitting:
+            return None
+        found.append(min(fitting, key=lambda node: left[node]))
+        left[found[-1]] -= need
+    return found
+
+
+def on_cpus(role: Role, cpus: Mapping[Node, float], load: Counter[Node], members: int) -> list[Node] | None:
+    """Nodes for a role, one by one where there is least to do; different ones as long as there are any."""
+    found = list[Node]()
+    for _ in range(role.nodes if cpus else 0):
+        fresh = [node for node in cpus if node not in found] or list(cpus)
+        found.append(min(fresh, key=lambda node: load[node] / cpus[node]))
+        load[found[-1]] += role.per_node * members
+    return found or None
+
+
+def spans_of(roles: Sequence[Role], hosts: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
+    """Numbers of the bundles of each process of each role. Engines among the policy's ranks are dealt out over its nodes."""
+    spans: dict[str, list[tuple[int, ...]]] = {}
+    count = 0
+    for role in roles:
+        if role.name not in hosts:
+            spans[role.name] = [(count + n,) for n in range(role.nodes * role.per_node)]
+            count += len(spans[role.name])
+    for role in roles:
+        if role.name not in hosts:
+            continue
+        spans[role.name] = spans[hosts[role.name]]
+        if role.name == ENGINES:
+            policy = roles[0]
+            starts = [(n % policy.nodes) * policy.per_node + n // policy.nodes * role.gpus for n in range(role.nodes)]
+            spans[ENGINES] = [tuple(range(start, start + role.gpus)) for start in starts]
+    return {role.name: spans[role.name] for role in roles}
+
+
+def divide(
+    config: PPOConfig,
+    roles: Sequence[Role],
+    spans: Mapping[str, list[tuple[int, ...]]],
+    pieces: Sequence[tuple[Node, int]],
+    has_gpus: bool,
+    *,
+    free: bool,
+) -> tuple[tuple[Bundle, ...], dict[str, list[Slot]]]:
+    """Cut bundles into shares: each process gets the same share of its node's CPUs, at most one, and of its GPU.
+
+    Args:
+        config: the run's options.
+        roles: all of them.
+        spans: of each process of each role, its bundles.
+        pieces: of each bundle, its node and its GPUs.
+        has_gpus: whether models compute on GPUs.
+        free: whether what others use is left to them.
+    """
+    processes = [span for row in spans.values() for span in row]
+    started, sharing = Counter(span[0] for span in processes), Counter(n for span in processes for n in span)
+    crowd = Counter(pieces[span[0]][0] for span in processes)
+    cpus = {node: share(node.has(free=free)[0], count) for node, count in crowd.items()}
+    gpus = [float(whole) if sharing[n] == 1 else share(whole, sharing[n]) for n, (_, whole) in enumerate(pieces)]
+    bundles = (Bundle(node, round(cpus[node] * started[n], 4), whole) for n, (node, whole) in enumerate(pieces))
+    slots: dict[str, list[Slot]] = {}
+    for role in roles:
+        nodes = [pieces[span[0]][0] for span in spans[role.name]]
+        ranks = Counter(nodes)
+        slots[role.name] = [
+            Slot(node, span, cpus[node], gpus[span[0]], environment(config, role, node, ranks[node], has_gpus))
+            for node, span in zip(nodes, spans[role.name], strict=True)
+        ]
+    return tuple(bundles), slots
+
+
+def share(whole: float, processes: int) -> float:
+    """What each of some processes gets of a device that they share, at most one, in units that Ray can tell apart."""
+    return min(1.0, math.floor(whole * UNITS / processes) / UNITS)
+
+
+def environment(config: PPOConfig, role: Role, node: Node, ranks: int, has_gpus: bool) -> dict[str, str]:
+    """Environment variables of a process.
+
+    Roles take turns, so each may use all CPUs of a node; with `--async` engines and models compute at the same time.
+
+    Args:
+        config: the run's options.
+        role: what it does.
+        node: where.
+        ranks: processes of the role on that node.
+        has_gpus: whether models compute on GPUs.
+    """
+    cores = node.cpus / 2 if config.rollout.async_rollouts else node.cpus
+    each = ranks * role.gpus if role.name == ENGINES else ranks
+    variables = {"LOCAL_RANK": "0", "OMP_NUM_THREADS": str(max(1, int(cores) // each))}
+    if not has_gpus:
+        variables["DS_ACCELERATOR"] = "cpu"
+        if role.name == ENGINES:
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would bind the threads of all to the same cores
+    return variables
+
+
+def too_small(sites: Sequence[Role], hosts: Mapping[str, str], nodes: Sequence[Node], has_gpus: bool) -> str:
+    """Why there is no room, role by role, and the way out."""
+    if not has_gpus:
+        return f"no node of the cluster has a CPU to give: {', '.join(map(str, nodes)) or 'there is none'}"
+    there = ", ".join(map(str, nodes))
+    for role in sites:
+        need = role.per_node * role.gpus
+        able = sum(node.gpus >= need for node in nodes)
+        if role.gpus and (not able or (role.name != ENGINES and able < role.nodes)):
+            count = role.nodes if role.name != ENGINES else 1
+            return (
+                f"{role.size}: the {role.name} need{'s' * (role.name != ENGINES)} {counted(count, 'node')} with "
+                f"{counted(need, 'GPU')}, and {able or 'none'} of the cluster's nodes can be one: {there}"
+            )
+    rows = [(role.name, f"{role.wants:g}", role.size) for role in sites if role.gpus]
+    widths = [max(len(row[n]) for row in rows) for n in range(2)]
+    table = [f"  {name:{widths[0]}}  {wants:>{widths[1]}}  {size}" for name, wants, size in rows]
+    wanted, has = sum(role.wants for role in sites), sum(node.gpus for node in nodes)
+    problem = f"and the cluster has {has:g}" if wanted > has else "which do not fit together on the nodes"
+    return "\n".join(
+        [
+            f"the roles want {counted(wanted, 'GPU')}, {problem}: {there}",
+            *table,
+            "give some of them fewer, or let roles share: --colocate_actor_ref, --colocate_critic_reward, --colocate_all",
+        ]
+    )
+
+
+def notes(
+    config: PPOConfig, roles: Sequence[Role], chosen: Mapping[str, list[Node]], has_gpus: bool, *, free: bool
+) -> Iterator[str]:
+    """What is otherwise than the options say."""
+    there = {role.option for role in roles}
+    if config.cluster.colocate_actor_ref and "ref" not in there:
+        yield "--colocate_actor_ref: there is no reference model of its own"
+    if config.cluster.colocate_critic_reward and "reward" not in there:
+        yield "--colocate_critic_reward: there is no reward model of its own"
+    if not has_gpus:
+        if ENGINES in {role.name for role in roles} and config.engines.vllm_sync_backend == "nccl":
+            yield "no GPU: weights reach the engines over gloo, not nccl"
+        for role in roles:
+            if role.name in chosen and role.name != ENGINES and (count := len(set(chosen[role.name]))) < role.nodes:
+                yield f"no GPU: the {role.nodes} nodes of the {role.name} are {counted(count, 'node')}"
+    if not free:
+        yield "others use what is needed: waiting for it"
+
+
+def described(slots: Sequence[Slot], host: str | None) -> tuple[str, str, str]:
+    """What a plan says of a role: how many processes, where, and what each has."""
+    names = list(dict.fromkeys(slot.node.name for slot in slots))
+    where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    each = slots[0]
+    threads = int(each.environment["OMP_NUM_THREADS"])
+    gpus = f"{each.gpus:.3g} GPU, " if each.gpus else ""
+    if len(each.bundles) > 1:
+        gpus = f"{each.gpus:.3g} of {len(each.bundles)} GPUs, "
+    having = f"{gpus}{each.cpus:.3g} CPU, {counted(threads, 'thread')}" + (f" (shared with {host})" if host else "")
+    return counted(len(slots), "process"), where, having
+
+
+def counted(count: float, what: str) -> str:
+    """`1 GPU`, `2 GPUs`."""
+    plural = what + ("es" if what.endswith("s") else "s")
+    return f"{count:g} {what if count == 1 else plural}"
+
+
+def this_machine() -> list[Node]:
+    """This machine as a cluster of one node."""
+    import torch
+
+    return [Node("this machine", cores(), torch.cuda.device_count())]
+
+
+def cores() -> int:
+    """CPUs that this process may use: those that it may run on, and no more than its container is given time of."""
+    allowed = len(os.sched_getaffinity(0))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
+    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
