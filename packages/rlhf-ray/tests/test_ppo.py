@@ -171,7 +171,9 @@ def test_a_run_that_broke_off_goes_on_as_if_it_had_not(options, bandit, tmp_path
     for name in names:
         one, two = load_file(tmp_path / "whole" / name), load_file(tmp_path / "out" / name)
         assert all(torch.equal(one[key], two[key]) for key in one)
-    assert names and (tmp_path / "whole/run/samples.jsonl").read_text() == (tmp_path / "out/run/samples.jsonl").read_text()
+    assert (
+        names and (tmp_path / "whole/run/samples.jsonl").read_text() == (tmp_path / "out/run/samples.jsonl").read_text()
+    )
 
 
 def test_a_checkpoint_of_another_run_is_refused(options):
@@ -208,7 +210,7 @@ def test_prompts_whose_responses_are_worth_the_same_are_left_out(options):
 def test_rewards_that_never_differ_end_a_filtered_run_with_the_reason(options, tmp_path):
     constant = tmp_path / "constant.py"
     constant.write_text("def reward(responses):\n    return [1.0] * len(responses)\n")
-    with pytest.raises(RunError, match="--dynamic_filtering: rollout 0 has asked 16 prompts.*--max_filtered 2"):
+    with pytest.raises(RunError, match=r"--dynamic_filtering: rollout 0 has asked 16 prompts.*--max_filtered 2"):
         train(options(reward_pretrain=str(constant), dynamic_filtering=True, max_filtered=2))
 
 

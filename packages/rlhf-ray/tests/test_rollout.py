@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_ray.rollout import Experience, Rollout, ranges
+from rlhf_ray.rollout import Experience, Rollout, put, take
 
 
 @pytest.fixture
@@ -68,5 +68,10 @@ def test_lengths_that_do_not_add_up_are_refused(rollout):
         Experience.of(rollout, scores=np.zeros(2), mask=np.ones(5, bool), advantages=np.zeros(4))
 
 
-def test_ranges_are_laid_end_to_end():
-    assert ranges(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+def test_parts_that_are_taken_in_any_order_are_put_back():
+    bounds, values = np.array([0, 2, 2, 5, 6]), np.arange(6)
+    for places in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 3, 0, 1]):
+        taken = take(values, bounds, np.array(places))
+        assert taken.tolist() == [v for place in places for v in values[bounds[place] : bounds[place + 1]]]
+        assert put(taken, bounds, np.array(places)).tolist() == values.tolist()
+    assert take(values, bounds, np.zeros(0, np.int64)).tolist() == []

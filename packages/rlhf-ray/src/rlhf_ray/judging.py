@@ -13,7 +13,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.engines.request import Answer
 from rlhf_ray.experience import Judged, informative
 from rlhf_ray.roles import Roles
-from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, ranges
+from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, take
 from rlhf_ray.rollouts import Rollouts
 
 COLUMNS = {"logps": ("policy", 0), "reference_logps": ("reference", 0), "values": ("critic", 0), "after": ("critic", 1)}
@@ -81,13 +81,12 @@ class Judging:
                 chunk.scores, chunk.parts = chunk.rewards.result()
         rollout = Rollout.concat([chunk.rollout for chunk in chunks])
         samples = np.argsort(rollout.groups, kind="stable")  # they were judged as they came
-        targets = ranges(rollout.target_bounds[samples], rollout.response_lengths[samples])
         computed = [{role: call.result() for role, call in chunk.calls.items()} for chunk in chunks]
-        columns = {
-            name: np.concatenate([calls[role][place] for calls in computed])[samples if name == "after" else targets]
-            for name, (role, place) in COLUMNS.items()
-            if role in computed[0]
-        }
+        columns = {}
+        for name, (role, place) in COLUMNS.items():
+            if role in computed[0]:
+                values = np.concatenate([calls[role][place] for calls in computed])
+                columns[name] = values[samples] if name == "after" else take(values, rollout.target_bounds, samples)
         return Judged(
             rollout=rollout.select(samples),
             scores=np.concatenate([chunk.scores for chunk in chunks if chunk.scores is not None])[samples],

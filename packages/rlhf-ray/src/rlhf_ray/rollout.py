@@ -123,15 +123,13 @@ class Rollout:
     def select(self, places: Sequence[int] | NDArray[np.int64]) -> Self:
         """Some of the samples, in the order given."""
         places = np.asarray(places, np.int64)
-        rows = {
-            TOKENS: ranges(self.cu_seqlens[places], self.lengths[places]),
-            TARGETS: ranges(self.target_bounds[places], self.response_lengths[places]),
-            SAMPLES: places,
-        }
-        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        slices = {TOKENS: slices_of(self.cu_seqlens, places), TARGETS: slices_of(self.target_bounds, places)}
+        chosen: dict[str, Any] = {}
         for f in fields(self):
-            if chosen[f.name] is not None:
-                chosen[f.name] = chosen[f.name][rows[f.metadata["per"]]]
+            values, what = getattr(self, f.name), f.metadata["per"]
+            if values is not None:
+                values = values[places] if what == SAMPLES else joined(values, slices[what])
+            chosen[f.name] = values
         return type(self)(**chosen)
 
     @classmethod
@@ -139,9 +137,8 @@ class Rollout:
         """All samples of some batches, one batch after the other. What one of them lacks, all do."""
         columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
         lacking = {name for name, values in columns.items() if any(value is None for value in values)}
-        joined: dict[str, Any] = {name: np.concatenate(v) for name, v in columns.items() if name not in lacking}
-        joined |= dict.fromkeys(lacking)
-        return cls(**joined)
+        whole: dict[str, Any] = {name: np.concatenate(v) for name, v in columns.items() if name not in lacking}
+        return cls(**whole | dict.fromkeys(lacking))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -194,7 +191,42 @@ def offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers `start, start + 1, …` of each range in turn."""
-    before = offsets(lengths)
-    return np.repeat(starts - before[:-1], lengths) + np.arange(before[-1])
+def take(values: NDArray[Any], bounds: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[Any]:
+    """Some of the parts that lie end to end, in the order given.
+
+    Args:
+        values: all parts.
+        bounds: where each starts, and the end, `[N+1]`.
+        places: which.
+    """
+    return joined(values, slices_of(bounds, places))
+
+
+def put(values: NDArray[Any], bounds: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[Any]:
+    """All parts end to end, from parts in another order: the inverse of `take` for all of them.
+
+    Args:
+        values: parts, in the order of `places`.
+        bounds: where each shall start, and the end, `[N+1]`.
+        places: which they are; each is there once.
+    """
+    out, done = np.empty_like(values), 0
+    for start, stop in slices_of(bounds, places):
+        out[start:stop] = values[done : done + stop - start]
+        done += stop - start
+    return out
+
+
+def joined(values: NDArray[Any], slices: Sequence[tuple[int, int]]) -> NDArray[Any]:
+    """Slices of an array, end to end."""
+    return np.concatenate([values[start:stop] for start, stop in slices]) if slices else values[:0]
+
+
+def slices_of(bounds: NDArray[np.int64], places: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Where the parts at some places start and stop; those that follow each other are one slice."""
+    if not len(places):
+        return []
+    breaks = np.flatnonzero(places[1:] - places[:-1] != 1)
+    firsts = np.concatenate([places[:1], places[breaks + 1]])
+    lasts = np.concatenate([places[breaks], places[-1:]])
+    return list(zip(bounds[firsts].tolist(), bounds[lasts + 1].tolist(), strict=True))

@@ -182,11 +182,11 @@ def batch_of(answers: Sequence[Answer], prompts: Sequence[int], data: Prompts) -
     flat = [response for _, responses in answers for response in responses]
     counts = [len(responses) for _, responses in answers]
     return Rollout(
-        input_ids=np.concatenate(pieces).astype(np.int32),
+        input_ids=np.concatenate(pieces).astype(np.int32, copy=False),
         prompt_lengths=np.array(prompt_lengths, np.int64),
         response_lengths=np.array([len(response.token_ids) for response in flat], np.int64),
         truncated=np.array([response.truncated for response in flat], np.bool_),
-        rollout_logps=np.concatenate([response.logps for response in flat]).astype(np.float32),
+        rollout_logps=np.concatenate([response.logps for response in flat]).astype(np.float32, copy=False),
         prompts=np.repeat(np.array(prompts, np.int64), counts),
         groups=np.repeat(np.array([number for number, _ in answers], np.int64), counts),
         seeds=np.array([response.seed for response in flat], np.int64),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError, RunError
 from rlhf_ray.cluster.backend import Backend, Place, Unexpected, WorkerDied
-from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, ranges
+from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, put, take
 
 T = TypeVar("T")
 
@@ -112,11 +112,13 @@ class WorkerGroup:
         plan = divided(rollout, len(self), size, token_budget)
         parts = [([part_of(rollout, row) for row in rank], *args) for rank in plan]
         order = np.concatenate([row for rank in plan for row in rank])
-        rows = {TARGETS: ranges(rollout.target_bounds[order], rollout.response_lengths[order]), SAMPLES: order}
+        bounds = {TARGETS: rollout.target_bounds, SAMPLES: np.arange(len(rollout) + 1)}
 
         def finish(answers: list[Any]) -> list[NDArray[Any]]:
             each = [part for rank in answers for part in rank]
-            return [in_order(np.concatenate([part[n] for part in each]), rows[what]) for n, what in enumerate(gives)]
+            return [
+                put(np.concatenate([part[n] for part in each]), bounds[what], order) for n, what in enumerate(gives)
+            ]
 
         return Pending(self, verb, self.start_each(verb, parts).references, finish)
 
@@ -275,11 +277,11 @@ def divided(rollout: Rollout, ranks: int, size: int, token_budget: int | None) -
         token_budget: most tokens of a micro-batch; None to count samples.
     """
     starts, width = units(rollout.groups, min(size, -(-len(rollout) // ranks)))
-    stops = np.append(starts[1:], len(rollout))
     lengths = np.diff(rollout.cu_seqlens[np.append(starts, len(rollout))])
     budget = None if token_budget is None else max(token_budget, int(lengths.max()))
     plan = plan_micro_batches(lengths, ranks, max(1, size // width), budget)
-    return [[ranges(starts[row], stops[row] - starts[row]) for row in rank] for rank in plan]
+    everything = np.arange(len(rollout))
+    return [[take(everything, np.append(starts, len(rollout)), row) for row in rank] for rank in plan]
 
 
 def units(groups: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], int]:
@@ -293,13 +295,6 @@ def units(groups: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], int]
 def part_of(rollout: Rollout, places: NDArray[np.int64]) -> Part:
     """The samples at some places as a micro-batch; without any, one that idles."""
     return Part(rollout.select(places)) if len(places) else Part(rollout.select([0]), idle=True)
-
-
-def in_order(values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
-    """Values, each put to its place."""
-    out = np.empty_like(values)
-    out[places] = values
-    return out
 
 
 def said(error: Exception) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,9 +79,19 @@ class Role:
         return f"--{self.option}_num_nodes {self.nodes} x --{self.option}_num_gpus_per_node {self.per_node}"
 
     @property
+    def piece(self) -> int:
+        """GPUs that it needs together on one node."""
+        return self.per_node * self.gpus
+
+    @property
+    def spread(self) -> int:
+        """Different nodes that it needs: engines may be on one."""
+        return 1 if self.name == ENGINES else self.nodes
+
+    @property
     def wants(self) -> int:
         """GPUs, over all its processes."""
-        return self.nodes * self.per_node * self.gpus
+        return self.nodes * self.piece
 
 
 @dataclass(frozen=True)
@@ -134,9 +145,7 @@ class Plan:
         rows = [(name, *described(slots, self.hosts.get(name))) for name, slots in self.slots.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        title = f"Placement on {', '.join(map(str, self.nodes[:4]))}"
-        title += f" and {len(self.nodes) - 4} more" if len(self.nodes) > 4 else ""
-        return "\n".join([title, *(f"  {line}" for line in [*lines, *self.notes])])
+        return "\n".join([f"Placement on {listed(self.nodes)}", *(f"  {line}" for line in [*lines, *self.notes])])
 
 
 def plan(config: PPOConfig, sources: Sequence[Source], nodes: Sequence[Node]) -> Plan:
@@ -162,7 +171,7 @@ def plan(config: PPOConfig, sources: Sequence[Source], nodes: Sequence[Node]) ->
         if chosen is not None:
             break
     else:
-        raise InputError(too_small(sites, hosts, nodes, has_gpus))
+        raise InputError(too_small(sites, nodes))
     pieces = [(node, role.gpus if has_gpus else 0) for role in sites for node in chosen[role.name]]
     bundles, slots = divide(config, roles, spans_of(roles, hosts), pieces, has_gpus, free=free)
     used = tuple(node for node in nodes if any(bundle.node is node for bundle in bundles))
@@ -227,46 +236,69 @@ def check_fit(config: PPOConfig, guest: Role, host: Role) -> None:
 def choose(
     sites: Sequence[Role], hosts: Mapping[str, str], nodes: Sequence[Node], has_gpus: bool, *, free: bool
 ) -> dict[str, list[Node]] | None:
-    """The node of each process of the roles that have devices of their own; None if there is no room for one.
-
-    GPUs are filled by the best fit, the largest pieces first; without GPUs, nodes get processes in proportion to their CPUs.
-    """
+    """The node of each process of the roles that have devices of their own; None if there is no room for one."""
     cpus = {node: node.has(free=free)[0] for node in nodes if node.has(free=free)[0] > 0}
-    gpus = {node: node.has(free=free)[1] for node in nodes}
-    guests, load = Counter(hosts.values()), Counter[Node]()
-    taken: dict[str, list[Node] | None] = {}
-    for role in sorted(sites, key=lambda role: role.per_node * role.gpus, reverse=True) if has_gpus else sites:
-        if role.gpus and has_gpus:
-            taken[role.name] = on_gpus(role, gpus)
-        elif role.gpus:
-            taken[role.name] = on_cpus(role, cpus, load, 1 + guests[role.name])
-        else:
-            taken[role.name] = list(cpus)[:1]  # where the driver is: its file is there
-        if not taken[role.name]:
-            return None
-    return {role.name: [node for node in taken[role.name] or [] for _ in range(role.per_node)] for role in sites}
+    devices = [role for role in sites if role.gpus]
+    if has_gpus:
+        taken = on_gpus(devices, {node: node.has(free=free)[1] for node in nodes})
+    else:
+        taken = on_cpus(devices, Counter(hosts.values()), cpus)
+    if taken is None or not cpus:
+        return None
+    driver = [next(iter(cpus))]  # functions run where their file is
+    return {role.name: [node for node in taken.get(role.name, driver) for _ in range(role.per_node)] for role in sites}
 
 
-def on_gpus(role: Role, left: dict[Node, float]) -> list[Node] | None:
-    """Nodes for a role, one by one where the fewest GPUs are left over; different ones, except for engines."""
-    need, found = role.per_node * role.gpus, list[Node]()
-    for _ in range(role.nodes):
-        fitting = [node for node, gpus in left.items() if gpus >= need and (role.name == ENGINES or node not in found)]
-        if not fitting:
-            return None
-        found.append(min(fitting, key=lambda node: left[node]))
-        left[found[-1]] -= need
+def on_gpus(roles: Sequence[Role], left: Mapping[Node, float]) -> dict[str, list[Node]] | None:
+    """Nodes for roles that have GPUs of their own; None if no way is found.
+
+    Large pieces come first, each where the fewest GPUs are left over. Where that leaves no room, since the nodes of a role must
+    be different ones, those with many nodes come first, or each goes where the most GPUs are left over.
+    """
+    orders = [lambda role: (role.piece, role.spread), lambda role: (role.spread, role.piece)]
+    for order, fit in product(orders, (min, max)):
+        found = filled(sorted(roles, key=order, reverse=True), dict(left), fit)
+        if found is not None:
+            return found
+    return None
+
+
+def filled(roles: Sequence[Role], left: dict[Node, float], fit: Callable[..., Node]) -> dict[str, list[Node]] | None:
+    """Nodes for one role after the other; None as soon as there is no room.
+
+    Args:
+        roles: in their order.
+        left: GPUs of each node; taken away from.
+        fit: `min` to take a node of which little is left, `max` for one of which much is.
+    """
+    found: dict[str, list[Node]] = {}
+    for role in roles:
+        own = found[role.name] = []
+        for _ in range(role.nodes):
+            able = [node for node in left if left[node] >= role.piece and (role.spread == 1 or node not in own)]
+            if not able:
+                return None
+            own.append(fit(able, key=left.__getitem__))
+            left[own[-1]] -= role.piece
     return found
 
 
-def on_cpus(role: Role, cpus: Mapping[Node, float], load: Counter[Node], members: int) -> list[Node] | None:
-    """Nodes for a role, one by one where there is least to do; different ones as long as there are any."""
-    found = list[Node]()
-    for _ in range(role.nodes if cpus else 0):
-        fresh = [node for node in cpus if node not in found] or list(cpus)
-        found.append(min(fresh, key=lambda node: load[node] / cpus[node]))
-        load[found[-1]] += role.per_node * members
-    return found or None
+def on_cpus(roles: Sequence[Role], guests: Mapping[str, int], cpus: Mapping[Node, float]) -> dict[str, list[Node]]:
+    """Nodes for roles that share the CPUs: each where there is then least to do; different ones as long as there are any.
+
+    Args:
+        roles: that have places of their own.
+        guests: how many others share those of a role.
+        cpus: of each node that has some.
+    """
+    load, found = Counter[Node](), dict[str, list[Node]]()
+    for role in roles:
+        own, weight = found.setdefault(role.name, []), role.per_node * (1 + guests[role.name])
+        for _ in range(role.nodes if cpus else 0):
+            fresh = [node for node in cpus if role.spread == 1 or node not in own] or list(cpus)
+            own.append(min(fresh, key=lambda node: (load[node] + weight) / cpus[node]))
+            load[own[-1]] += weight
+    return found
 
 
 def spans_of(roles: Sequence[Role], hosts: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
@@ -351,25 +383,23 @@ def environment(config: PPOConfig, role: Role, node: Node, ranks: int, has_gpus:
     return variables
 
 
-def too_small(sites: Sequence[Role], hosts: Mapping[str, str], nodes: Sequence[Node], has_gpus: bool) -> str:
+def too_small(sites: Sequence[Role], nodes: Sequence[Node]) -> str:
     """Why there is no room, role by role, and the way out."""
-    if not has_gpus:
-        return f"no node of the cluster has a CPU to give: {', '.join(map(str, nodes)) or 'there is none'}"
-    there = ", ".join(map(str, nodes))
+    there = listed(nodes)
+    if not any(node.cpus for node in nodes):
+        return f"no node of the cluster has a CPU to give: {there}"
     for role in sites:
-        need = role.per_node * role.gpus
-        able = sum(node.gpus >= need for node in nodes)
-        if role.gpus and (not able or (role.name != ENGINES and able < role.nodes)):
-            count = role.nodes if role.name != ENGINES else 1
+        able = sum(node.gpus >= role.piece for node in nodes)
+        if role.gpus and able < role.spread:
             return (
-                f"{role.size}: the {role.name} need{'s' * (role.name != ENGINES)} {counted(count, 'node')} with "
-                f"{counted(need, 'GPU')}, and {able or 'none'} of the cluster's nodes can be one: {there}"
+                f"{role.size}: the {role.name} need{'s' * (role.name != ENGINES)} {counted(role.spread, 'node')} with "
+                f"{counted(role.piece, 'GPU')}, and the cluster has {counted(able, 'such node')}: {there}"
             )
     rows = [(role.name, f"{role.wants:g}", role.size) for role in sites if role.gpus]
     widths = [max(len(row[n]) for row in rows) for n in range(2)]
     table = [f"  {name:{widths[0]}}  {wants:>{widths[1]}}  {size}" for name, wants, size in rows]
     wanted, has = sum(role.wants for role in sites), sum(node.gpus for node in nodes)
-    problem = f"and the cluster has {has:g}" if wanted > has else "which do not fit together on the nodes"
+    problem = f"and the cluster has {has:g}" if wanted > has else "and there is no way to fit them on its nodes"
     return "\n".join(
         [
             f"the roles want {counted(wanted, 'GPU')}, {problem}: {there}",
@@ -400,8 +430,7 @@ def notes(
 
 def described(slots: Sequence[Slot], host: str | None) -> tuple[str, str, str]:
     """What a plan says of a role: how many processes, where, and what each has."""
-    names = list(dict.fromkeys(slot.node.name for slot in slots))
-    where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    where = listed(list(dict.fromkeys(slot.node.name for slot in slots)))
     each = slots[0]
     threads = int(each.environment["OMP_NUM_THREADS"])
     gpus = f"{each.gpus:.3g} GPU, " if each.gpus else ""
@@ -409,6 +438,12 @@ def described(slots: Sequence[Slot], host: str | None) -> tuple[str, str, str]:
         gpus = f"{each.gpus:.3g} of {len(each.bundles)} GPUs, "
     having = f"{gpus}{each.cpus:.3g} CPU, {counted(threads, 'thread')}" + (f" (shared with {host})" if host else "")
     return counted(len(slots), "process"), where, having
+
+
+def listed(things: Sequence[object], most: int = 4) -> str:
+    """The first few of some things, and how many more there are."""
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return (", ".join(map(str, things[:most])) or "there is none") + more
 
 
 def counted(count: float, what: str) -> str:

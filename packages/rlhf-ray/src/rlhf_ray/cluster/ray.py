@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,9 @@ class RayBackend:
         from ray._private.state import available_resources_per_node
 
         own, free = ray.get_runtime_context().get_node_id(), available_resources_per_node()
-        found = [node_of(row, free.get(row["NodeID"])) for row in ray.nodes() if row["Alive"]]
-        return sorted(found, key=lambda node: node.id != own)
+        rows = sorted((row for row in ray.nodes() if row["Alive"]), key=lambda row: row["NodeID"] != own)
+        addresses = Counter(row["NodeManagerAddress"] for row in rows)
+        return [node_of(row, free.get(row["NodeID"]), addresses) for row in rows]
 
     def reserve(self, plan: Plan) -> dict[str, list[Place]]:
         """Take everything that a plan needs, all of it or nothing; returns the places of the processes of each role.
@@ -171,11 +173,10 @@ class RayBackend:
         import ray
         from ray.cloudpickle import cloudpickle
 
-        made: Any = ray.remote(Process)
-        actor = made.options(
+        process: Any = ray.remote(Process)
+        actor = process.options(
             num_cpus=place.cpus, num_gpus=place.gpus, max_restarts=0, scheduling_strategy=strategy(place)
-        )
-        actor = made.remote(name, str(Path.cwd()), place.environment, cloudpickle.dumps((worker, args)))
+        ).remote(name, str(Path.cwd()), place.environment, cloudpickle.dumps((worker, args)))
         self.actors.append(actor)
         return actor
 
@@ -266,10 +267,11 @@ def strategy(place: Place) -> Any:
 
 def place_of(slot: Slot, group: Any, devices: dict[int, str]) -> Place:
     """The place that was reserved for a process. One that takes the GPUs of several bundles is told which these are."""
+    first, *others = slot.bundles
     environment = dict(slot.environment)
-    if devices and len(slot.bundles) > 1:
+    if devices and others:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[number] for number in slot.bundles)
-    return Place(group, slot.bundles[0], slot.cpus, slot.gpus, environment)
+    return Place(group, first, slot.cpus, slot.gpus, environment)
 
 
 def visible_devices() -> str:
@@ -277,12 +279,12 @@ def visible_devices() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
-def node_of(row: dict[str, Any], free: dict[str, float] | None) -> Node:
-    """A node from what Ray says of it, and of what is free there."""
-    has = row["Resources"]
+def node_of(row: dict[str, Any], free: dict[str, float] | None, addresses: Counter[str]) -> Node:
+    """A node from what Ray says of it, of what is free there, and of how many nodes have an address."""
+    has, address = row["Resources"], row["NodeManagerAddress"]
     left = has if free is None else free
     return Node(
-        row["NodeManagerAddress"],
+        address if addresses[address] == 1 else f"{address}/{row['NodeID'][:6]}",
         cpus=has.get("CPU", 0),
         gpus=has.get("GPU", 0),
         free_cpus=left.get("CPU", 0),
@@ -319,7 +321,7 @@ def written_in(pid: re.Match[str] | None) -> str:
 
     node: Any = global_worker.node
     files = list(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid[1]}.err"))
-    return f" (its last words: {files[0]})" if files else ""
+    return f" (its last words: {files[0]})" if files and files[0].stat().st_size else ""
 
 
 def one_line(error: BaseException) -> str:
