@@ -19,14 +19,14 @@ SHARED = """
     --pretrain {model} --prompt_data {prompts} --input_template "" --vllm_num_engines 1 --zero_stage 0
     --rollout_batch_size 128 --train_batch_size 64 --micro_train_batch_size 32 --micro_rollout_batch_size 64
     --generate_max_len 48 --prompt_max_len 64 --num_episodes 20 --max_rollouts 30 --lr_warmup_ratio 0.1
-    --actor_learning_rate 2e-4 --logged_samples 4 --check_sync_steps 10 --save_path {out}
+    --actor_learning_rate 1e-4 --logged_samples 4 --check_sync_steps 10 --save_path {out}
 """
-GROUPED = "--n_samples_per_prompt 8 --init_kl_coef 0.02 --use_kl_loss"
+GROUPED = "--n_samples_per_prompt 8 --init_kl_coef 0.1 --use_kl_loss"
 RUNS = {
-    "ppo": "--reward_pretrain {animals} --advantage_estimator gae --critic_learning_rate 1e-3 --init_kl_coef 0.02",
+    "ppo": "--reward_pretrain {animals} --advantage_estimator gae --critic_learning_rate 1e-3 --init_kl_coef 0.03",
     "grpo": f"--reward_pretrain {{animals}} --advantage_estimator grpo {GROUPED}",
     "rloo": f"--reward_pretrain {{animals}} --advantage_estimator rloo {GROUPED}",
-    "model": "--reward_pretrain {reward} --advantage_estimator gae --critic_learning_rate 1e-3 --init_kl_coef 0.02",
+    "model": "--reward_pretrain {reward} --advantage_estimator gae --critic_learning_rate 1e-3 --init_kl_coef 0.03",
 }
 """What is different from run to run."""
 

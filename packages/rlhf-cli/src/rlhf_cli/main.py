@@ -78,9 +78,8 @@ for name, config in METHODS.items():
 
 @command(train, "ppo", PPOConfig)
 def ppo(config: PPOConfig, dry_run: DryRun = False) -> None:
-    from rlhf_ray.run import train
-
     from rlhf_cli.launch import hide_key
+    from rlhf_ray.run import train
 
     sys.argv[1:] = hide_key(sys.argv[1:])
     train(config, dry_run=dry_run)

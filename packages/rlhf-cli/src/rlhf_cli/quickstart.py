@@ -1,18 +1,21 @@
-"""`rlhf quickstart`: fine-tuning, a reward model and DPO in a few minutes, from nothing.
+"""`rlhf quickstart`: fine-tuning, a reward model, DPO and PPO in a few minutes, from nothing.
 
-Makes a tokenizer, a tiny random model and generated data; trains by the same code as `rlhf train sft`, `rm` and `dpo`; and
-shows what the model answers before and after, to questions it was never trained on, and when the reward model chooses.
+Makes a tokenizer, a tiny random model and generated data; trains by the same code as `rlhf train sft`, `rm`, `dpo` and `ppo`;
+and shows what the model answers before and after, to questions it was never trained on, and when the reward model chooses.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlhf_cli.quickstart_data import CHEER, cheered, is_preferred, is_right, preferences, questions
 from rlhf_data.config import Config, Count
@@ -28,15 +31,38 @@ MAX_LEN = 64
 DRAWS = 8
 """Answers that the reward model chooses from."""
 
+ROLLOUTS = 16
+"""Rollouts of PPO."""
+
 Rows = list[dict[str, str]]
 """Questions, each with its right answer."""
 
+Stage = Literal["sft", "rm", "dpo", "ppo"]
+
+STAGES: dict[Stage, str] = {
+    "sft": "Fine-tuning",
+    "rm": f"A reward model of pairs that prefer right answers with a {CHEER}",
+    "dpo": "DPO on the same pairs",
+    "ppo": "{} against the reward model, on Ray",
+}
+"""What is trained, in this order."""
+
+NEEDS: dict[Stage, tuple[Stage, ...]] = {"sft": (), "rm": ("sft",), "dpo": ("sft",), "ppo": ("sft", "rm")}
+"""What each stage starts from."""
+
 
 class QuickstartConfig(Config):
-    """Make a tiny model and data; fine-tune it, train a reward model and do DPO; and show answers before and after."""
+    """Make a tiny model and data; fine-tune it, train a reward model, do DPO and PPO; and show answers before and after."""
 
     folder: str = "quickstart"
     """Folder to work in; what is there from an earlier quickstart is replaced."""
+
+    algorithm: Literal["ppo", "grpo"] = "ppo"
+    """How the policy learns from the reward model: PPO with a critic, or GRPO without."""
+
+    skip: list[str] = Field(default=[])
+    """Stages to leave out, of `sft`, `rm`, `dpo` and `ppo`. One that a later stage starts from must be there from an earlier
+    quickstart."""
 
     rows: Annotated[Count, Field(ge=200, le=10_000)] = 4000
     """Questions to generate."""
@@ -47,6 +73,13 @@ class QuickstartConfig(Config):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of questions, model and training."""
 
+    @field_validator("skip")
+    @classmethod
+    def _stages_that_are(cls, value: list[str]) -> list[str]:
+        if unknown := [name for name in value if name not in STAGES]:
+            raise ValueError(f"--skip {' '.join(unknown)}: the stages are {', '.join(STAGES)}")
+        return value
+
 
 def quickstart(config: QuickstartConfig) -> None:
     """Run it; see the module's docstring."""
@@ -56,39 +89,55 @@ def quickstart(config: QuickstartConfig) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = prepare_folder(Path(config.folder))
+    folder = prepare_folder(Path(config.folder), config)
     say(f"1. A tokenizer, a model and {config.rows} questions, made from nothing, in {folder}/")
     held_out = make_inputs(folder, config)
-    before = most_probable(folder / "model", held_out)
-
-    say(f"\n2. Fine-tuning: the same as\n\n{command('sft', folder, config)}\n")
-    train(folder, config)
-    tuned = most_probable(folder / "sft", held_out)
-    say(answers_table(held_out, before, tuned))
-
-    say(f"\n3. A reward model of pairs that prefer right answers with a {CHEER}\n\n{command('rm', folder, config)}\n")
-    train(folder, config, "rm")
-    say(f"\n4. DPO on the same pairs\n\n{command('dpo', folder, config)}\n")
-    train(folder, config, "dpo")
-
-    say(comparison(folder, held_out, config.seed))
+    seconds: dict[Stage, float] = {}
+    for number, stage in enumerate(stages(config), start=2):
+        title = STAGES[stage].format(config.algorithm.upper())
+        say(f"\n{number}. {title}: the same as\n\n{command(stage, folder, config)}\n")
+        start = time.monotonic()
+        train(folder, config, stage)
+        seconds[stage] = time.monotonic() - start
+        if stage == "sft":
+            before, after = (most_probable(folder / name, held_out) for name in ("model", "sft"))
+            say(answers_table(held_out, before, after))
+    compared = compare(folder, held_out, config)
+    if compared:
+        say(comparison(compared, held_out))
     plot_losses(folder)
+    write_report(folder, config, compared, held_out, seconds)
     say(next_steps(folder))
+
+
+def stages(config: QuickstartConfig) -> list[Stage]:
+    """What is trained now."""
+    return [stage for stage in STAGES if stage not in config.skip]
+
+
+def there(folder: Path) -> list[Stage]:
+    """What has been trained, now or in an earlier quickstart."""
+    return [stage for stage in STAGES if (folder / stage / "config.json").is_file()]
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def prepare_folder(folder: Path) -> Path:
-    """An empty folder, or one with an earlier quickstart in it, which is removed."""
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARK).is_file():
-            raise InputError(
-                f"--folder {folder} holds something else than an earlier quickstart: choose another folder"
-            )
-        for name in ("model", "questions", "pairs", "sft", "rm", "dpo"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+def prepare_folder(folder: Path, config: QuickstartConfig) -> Path:
+    """A folder with nothing in it, or with an earlier quickstart, of which all goes but the stages that are skipped."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise InputError(f"--folder {folder} holds something else than an earlier quickstart: choose another folder")
+    ready = there(folder)
+    for stage in stages(config):
+        for needed in NEEDS[stage]:
+            if needed in config.skip and needed not in ready:
+                raise InputError(
+                    f"--skip {needed}: {stage} starts from it, and {folder} has none from an earlier quickstart; do not skip "
+                    f"it, or skip {stage} too"
+                )
+    for name in ("model", "questions", "pairs", "ppo_critic", *stages(config)):
+        shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     return folder
@@ -123,9 +172,9 @@ def write(folder: Path, training: Rows, held_out: Rows) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
-def options(method: str, folder: Path, config: QuickstartConfig) -> dict[str, Any]:
+def options(stage: Stage, folder: Path, config: QuickstartConfig) -> dict[str, Any]:
     """The options of a training run, as on the command line."""
-    own: dict[str, dict[str, Any]] = {
+    own: dict[Stage, dict[str, Any]] = {
         "sft": {
             "pretrain": local(folder / "model"), "dataset": local(folder / "questions"), "input_key": "question",
             "output_key": "answer", "max_epochs": config.epochs, "learning_rate": 2e-3,
@@ -136,25 +185,37 @@ def options(method: str, folder: Path, config: QuickstartConfig) -> dict[str, An
             "nll_loss_coef": 0.5,
         },
     }  # fmt: skip
-    return own[method] | {
-        "input_template": TEMPLATE,
-        "packing_samples": True,
-        "max_len": MAX_LEN,
-        "train_batch_size": 64,
-        "micro_train_batch_size": 64,
-        "logging_steps": 10,
-        "seed": config.seed,
-        "save_path": local(folder / method),
-    }
+    shared = {"input_template": TEMPLATE, "seed": config.seed, "save_path": local(folder / stage)}
+    if stage == "ppo":
+        return ppo_options(folder, config) | shared
+    batches = {"packing_samples": True, "max_len": MAX_LEN, "train_batch_size": 64, "micro_train_batch_size": 64}
+    return own[stage] | batches | {"logging_steps": 10} | shared
 
 
-def command(method: str, folder: Path, config: QuickstartConfig) -> str:
+def ppo_options(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
+    """The options of PPO, or of GRPO. Without vLLM the policy writes its responses itself."""
+    from rlhf_infer.engines.vllm import is_installed
+
+    algorithm = {"advantage_estimator": "gae", "critic_learning_rate": 1e-3}
+    if config.algorithm == "grpo":
+        algorithm = {"advantage_estimator": "grpo", "use_kl_loss": True}
+    return {
+        "pretrain": local(folder / "sft"), "reward_pretrain": local(folder / "rm"), "normalize_reward": True,
+        "prompt_data": local(folder / "questions"), "input_key": "question", **algorithm, "init_kl_coef": 0.02,
+        "actor_learning_rate": 2e-4, "rollout_batch_size": 256, "n_samples_per_prompt": 4, "max_rollouts": ROLLOUTS,
+        "num_episodes": 8, "train_batch_size": 64, "micro_train_batch_size": 64, "micro_rollout_batch_size": 128,
+        "generate_max_len": 8, "prompt_max_len": MAX_LEN - 8, "zero_stage": 0, "vllm_num_engines": int(is_installed()),
+        "eval_steps": ROLLOUTS // 2, "eval_at_start": True,
+    }  # fmt: skip
+
+
+def command(stage: Stage, folder: Path, config: QuickstartConfig) -> str:
     """The command line that does the same."""
     flags = (
         f"--{name}" if value is True else f"--{name} {quoted(value)}"
-        for name, value in options(method, folder, config).items()
+        for name, value in options(stage, folder, config).items()
     )
-    return f"   rlhf train {method} " + " \\\n      ".join(flags)
+    return f"   rlhf train {stage} " + " \\\n      ".join(flags)
 
 
 def quoted(value: Any) -> str:
@@ -163,18 +224,24 @@ def quoted(value: Any) -> str:
     return shlex.quote(str(value).replace("\n", "\\n"))
 
 
-def train(folder: Path, config: QuickstartConfig, method: Literal["sft", "rm", "dpo"] = "sft") -> None:
+def train(folder: Path, config: QuickstartConfig, stage: Stage = "sft") -> None:
     from rlhf_core.config import DPOConfig, RMConfig, SFTConfig
     from rlhf_core.methods import dpo, rm, sft
     from rlhf_data.options import build
 
-    given = options(method, folder, config)
-    if method == "sft":
-        sft.train(build(SFTConfig, given))
-    elif method == "rm":
-        rm.train(build(RMConfig, given))
-    else:
-        dpo.train(build(DPOConfig, given))
+    given = options(stage, folder, config)
+    match stage:
+        case "sft":
+            sft.train(build(SFTConfig, given))
+        case "rm":
+            rm.train(build(RMConfig, given))
+        case "dpo":
+            dpo.train(build(DPOConfig, given))
+        case "ppo":
+            from rlhf_ray.config import PPOConfig
+            from rlhf_ray.run import train as train_ppo
+
+            train_ppo(build(PPOConfig, given))
 
 
 def encoder_of(tokenizer: Any) -> Any:
@@ -241,37 +308,65 @@ def answers_table(rows: Rows, before: list[str], after: list[str]) -> str:
     return "\n".join([*lines, "", f"   held-out accuracy: {accuracy(before):.0%} before, {accuracy(after):.0%} after"])
 
 
-def comparison(folder: Path, rows: Rows, seed: int) -> str:
-    """One answer drawn from the fine-tuned model, the best of several by the reward model, and one drawn after DPO.
+@dataclass(frozen=True)
+class Way:
+    """A way of answering the held-out questions, and what became of it."""
 
-    Each is compared with another answer of the fine-tuned model; ties count as half.
-    """
+    name: str
+    answers: list[str]
+    reward: float
+    """Mean, by the reward model, of those that have any text."""
+    wins: float
+    """Share of comparisons with another answer of the fine-tuned model; ties count as half."""
+    preferred: float
+    """Share of answers that are right, in the preferred style."""
+    right: float
+
+
+def compare(folder: Path, rows: Rows, config: QuickstartConfig) -> list[Way]:
+    """One answer drawn from each model, and the best of several by the reward model, to the same questions."""
+    ready, seed = there(folder), config.seed
+    if "sft" not in ready or "rm" not in ready:
+        return []
     judge = judge_of(folder / "rm")
     several = answer(folder / "sft", rows, seed + 2, DRAWS)
-    ways = {
-        "one answer": [some[0] for some in several],
-        f"best of {DRAWS}": best(rows, several, judge),
-        "after DPO": [some[0] for some in answer(folder / "dpo", rows, seed + 2)],
-    }
+    ways = {"one answer": [some[0] for some in several], f"best of {DRAWS}": best(rows, several, judge)}
+    for stage, name in (("dpo", "after DPO"), ("ppo", f"after {config.algorithm.upper()}")):
+        if stage in ready:
+            ways[name] = [some[0] for some in answer(folder / stage, rows, seed + 2)]
     theirs = judge(rows, [some[0] for some in answer(folder / "sft", rows, seed + 1)])
+    return [way_of(name, given, judge(rows, given), theirs, rows) for name, given in ways.items()]
+
+
+def way_of(name: str, given: list[str], rewards: list[float], theirs: list[float], rows: Rows) -> Way:
+    wins = sum((ours > other) + 0.5 * (ours == other) for ours, other in zip(rewards, theirs, strict=True))
+    said = [reward for reward in rewards if math.isfinite(reward)]
+    return Way(
+        name,
+        given,
+        sum(said) / max(1, len(said)),
+        wins / len(rows),
+        sum(map(is_preferred, rows, given)) / len(rows),
+        sum(map(is_right, rows, given)) / len(rows),
+    )
+
+
+def comparison(ways: list[Way], rows: Rows) -> str:
+    """The table of the whole pipeline, for the terminal."""
     lines = [
         "",
-        f"5. Answers drawn at random to {len(rows)} held-out questions: one, the best of {DRAWS} by the reward model, and one",
-        "   after DPO; against others of the fine-tuned model",
+        f"   Answers drawn at random to {len(rows)} held-out questions: one, the best of {DRAWS} by the reward model, and one",
+        "   after each way of learning from preferences; against others of the fine-tuned model",
         "",
     ]
     for number, row in enumerate(rows[:4]):
-        lines += [f"   {row['question']}", *(f"      {way:10}  {given[number]!r}" for way, given in ways.items())]
+        lines += [f"   {row['question']}", *(f"      {way.name:10}  {way.answers[number]!r}" for way in ways)]
     lines.append("")
-    for way, given in ways.items():
-        wins = sum(
-            (ours > other) + 0.5 * (ours == other) for ours, other in zip(judge(rows, given), theirs, strict=True)
-        )
-        lines.append(
-            f"   {way:10}  wins {wins / len(rows):4.0%} by the reward model;  "
-            f"{sum(map(is_preferred, rows, given)) / len(rows):4.0%} right with a {CHEER},"
-            f"  {sum(map(is_right, rows, given)) / len(rows):4.0%} right"
-        )
+    lines += [
+        f"   {way.name:10}  wins {way.wins:4.0%} by the reward model;  reward {way.reward:5.2f};  "
+        f"{way.preferred:4.0%} right with a {CHEER},  {way.right:4.0%} right"
+        for way in ways
+    ]
     return "\n".join(lines)
 
 
@@ -281,34 +376,102 @@ def best(rows: Rows, several: list[list[str]], judge: Callable[[Rows, list[str]]
     return [max((next(rewards), -n, given) for n, given in enumerate(some))[2] for some in several]
 
 
+def write_report(
+    folder: Path, config: QuickstartConfig, ways: list[Way], rows: Rows, seconds: dict[Stage, float]
+) -> None:
+    """What happened, as one page: `report.html`."""
+    from rlhf_core.html import page, section, table, tag
+    from rlhf_core.metrics import environment
+    from rlhf_core.report import charts, columns, rows_of, settings_table, write_page
+
+    titles = {stage: title.format(config.algorithm.upper()) for stage, title in STAGES.items()}
+    parts = [
+        tag("p", "A tiny model, made from nothing, and what it learnt on the way.", class_="soft"),
+        section(
+            "Before and after",
+            tag("p", f"Answers drawn at random to {len(rows)} questions that were held out.", class_="soft"),
+            table(
+                ("", "reward", "wins", f"right with a {CHEER}", "right"),
+                (
+                    (way.name, f"{way.reward:.2f}", f"{way.wins:.0%}", f"{way.preferred:.0%}", f"{way.right:.0%}")
+                    for way in ways
+                ),
+            ),
+        ),
+        section(
+            "Answers",
+            table(
+                ("question", *(way.name for way in ways)),
+                ((row["question"], *(way.answers[n] for way in ways)) for n, row in enumerate(rows[:8])),
+                numbers=False,
+            ),
+        ),
+    ]
+    for stage in there(folder):
+        drawn = charts(list(rows_of(folder / stage / "run/metrics.jsonl")), CURVES[stage])
+        took = f"Took {seconds[stage]:.0f} s." if stage in seconds else "From an earlier quickstart."
+        parts.append(
+            section(
+                titles[stage],
+                tag("p", took, class_="soft"),
+                tag("pre", command(stage, folder, config)),
+                columns(*drawn.values()),
+            )
+        )
+    parts.append(settings_table("Versions", environment()))
+    write_page(folder / "report.html", page("rlhf quickstart", *(parts if ways else [parts[0], *parts[3:]])))
+
+
+CURVES: dict[Stage, tuple[str, ...]] = {
+    "sft": ("loss", "grad_norm"),
+    "rm": ("loss", "accuracy"),
+    "dpo": ("loss", "accuracy"),
+    "ppo": ("reward", "kl", "response_length", "entropy"),
+}
+"""What of each stage is drawn in the report."""
+
+
 def plot_losses(folder: Path) -> None:
-    """The loss curves of the three runs as `loss.png`."""
+    """The curves of the runs as `loss.png`: losses, and for PPO the reward."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    titles = {"sft": "fine-tuning (nats per token)", "rm": "reward model (nats per pair)", "dpo": "DPO (nats per pair)"}
-    for axes, (method, title) in zip(panels, titles.items(), strict=True):
-        rows = [json.loads(line) for line in (folder / method / "run/metrics.jsonl").read_text().splitlines()]
-        for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-            found = [(row["step"], row[key]) for row in rows if key in row]
+    drawn = [stage for stage in PANELS if stage in there(folder)]
+    if not drawn:
+        return
+    figure, panels = pyplot.subplots(1, len(drawn), figsize=(4.7 * len(drawn), 4), layout="constrained", squeeze=False)
+    for axes, stage in zip(panels[0], drawn, strict=True):
+        key, title = PANELS[stage]
+        rows = [json.loads(line) for line in (folder / stage / "run/metrics.jsonl").read_text().splitlines()]
+        for name, label, style in ((key, "training", "-"), (f"eval_{key}", "held out", "o-")):
+            found = [(row["step"], row[name]) for row in rows if name in row]
             axes.plot(*zip(*found, strict=True), style, label=label)
-        axes.set(xlabel="optimizer step", ylabel="loss", title=title)
+        axes.set(xlabel="optimizer step", ylabel=key, title=title)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)
     pyplot.close(figure)
 
 
+PANELS: dict[Stage, tuple[str, str]] = {
+    "sft": ("loss", "fine-tuning (nats per token)"),
+    "rm": ("loss", "reward model (nats per pair)"),
+    "dpo": ("loss", "DPO (nats per pair)"),
+    "ppo": ("reward", "PPO (normalised reward)"),
+}
+"""What of each stage is drawn in `loss.png`."""
+
+
 def next_steps(folder: Path) -> str:
+    last = next((stage for stage in ("ppo", "dpo", "sft") if stage in there(folder)), "model")
     return f"""
-   {folder}/sft, rm, dpo    the models, in Hugging Face format; each with its record in run/ (options, metrics.jsonl, …)
-   {folder}/loss.png        their loss curves
+   {folder}/{", ".join(there(folder))}    the models, in Hugging Face format; each with its record in run/ (options, metrics.jsonl, …)
+   {folder}/report.html    everything above with curves, as a page for the browser; {folder}/loss.png the curves alone
 
 Next:
-   rlhf chat --pretrain {local(folder)}/dpo --input_template {quoted(TEMPLATE)}
+   rlhf chat --pretrain {local(folder)}/{last} --input_template {quoted(TEMPLATE)}
    rlhf data inspect --pretrain {local(folder)}/model --dataset {local(folder)}/questions --input_key question --output_key answer
    rlhf train sft --pretrain YOUR_MODEL --dataset ./YOUR.jsonl --input_key prompt --output_key response --dry_run
    rlhf train --help"""

@@ -177,7 +177,12 @@ SETTINGS = {"config.json": "Options", "environment.json": "Versions"}
 
 def settings(path: Path, caption: str) -> Html:
     """What a JSON file holds, groups flattened, those that are not set left out."""
-    flat = flattened(json.loads(path.read_text(encoding="utf-8")))
+    return settings_table(caption, json.loads(path.read_text(encoding="utf-8")))
+
+
+def settings_table(caption: str, content: Row) -> Html:
+    """Settings by name, groups flattened, those that are not set left out."""
+    flat = flattened(content)
     rows = [(name, tag("code", value)) for name, value in flat.items() if value is not None]
     return folded(caption, table(("name", "value"), rows, numbers=False))
 

@@ -76,7 +76,7 @@ class ClusterConfig(Config):
     stage."""
 
     ray_address: str | None = None
-    """Ray cluster to join: `auto`, or `ray://HOST:PORT`. By default the one that RAY_ADDRESS names (as under `ray job
+    """Ray cluster to join: `auto`, or `HOST:PORT`. By default the one that RAY_ADDRESS names (as under `ray job
     submit`); without that, a Ray of this run's own on this machine."""
 
     start_timeout: Annotated[float, Field(gt=0)] = 600

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ENGINES = "engines"
 """The vLLM engines, as a role: one process each."""
 
+LEAST_CPUS = 0.05
+"""CPUs of a node, or those left of it, that are worth sharing."""
+
 UNITS = 10_000
 """Shares of a CPU or GPU that Ray tells apart."""
 
@@ -237,7 +240,7 @@ def choose(
     sites: Sequence[Role], hosts: Mapping[str, str], nodes: Sequence[Node], has_gpus: bool, *, free: bool
 ) -> dict[str, list[Node]] | None:
     """The node of each process of the roles that have devices of their own; None if there is no room for one."""
-    cpus = {node: node.has(free=free)[0] for node in nodes if node.has(free=free)[0] > 0}
+    cpus = {node: has for node in nodes if (has := node.has(free=free)[0]) >= LEAST_CPUS}
     devices = [role for role in sites if role.gpus]
     if has_gpus:
         taken = on_gpus(devices, {node: node.has(free=free)[1] for node in nodes})

@@ -344,17 +344,25 @@ def connect(config: ClusterConfig) -> RayBackend:
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return RayBackend(config.start_timeout, lambda: None)
+    given = (
+        f"--ray_address {config.ray_address}" if config.ray_address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+    )
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    return RayBackend(config.start_timeout, start_own() if address == "local" else join(address))
+    return RayBackend(config.start_timeout, start_own() if address == "local" else join(address, given))
 
 
-def join(address: str) -> Callable[[], None]:
-    """Join a cluster; returns what leaves it."""
+def join(address: str, given: str) -> Callable[[], None]:
+    """Join a cluster, whose address was given in some way; returns what leaves it."""
+    if address.startswith("ray://"):
+        raise InputError(
+            f"{given}: a run is driven from a node of its cluster: start it there with --ray_address auto, or with `ray job "
+            "submit`"
+        )
     try:
         return initialise(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"--ray_address {address}: no Ray cluster answers ({one_line(error)[:300]}); start one with `ray start --head`, or "
+            f"{given}: no Ray cluster answers ({one_line(error)[:300]}); start one with `ray start --head`, or "
             "give --ray_address local for a Ray of this run's own"
         ) from error
 
@@ -370,8 +378,10 @@ def start_own() -> Callable[[], None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        forget_token()
 
     os.environ.update(given)
+    forget_token()
     try:
         leave = initialise("local", num_cpus=cores(), include_dashboard=False, object_store_memory=store_size())
     except Exception as error:  # Ray's start fails in many ways, each with errors of its own
@@ -383,6 +393,14 @@ def start_own() -> Callable[[], None]:
         restore()
 
     return end
+
+
+def forget_token() -> None:
+    """Have Ray look at its environment again: it does so when it is imported, and remembers the token that it has used."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def initialise(address: str, **options: Any) -> Callable[[], None]:

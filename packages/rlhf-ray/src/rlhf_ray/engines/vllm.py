@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,8 @@ class VLLMWorker:
         from rlhf_infer.engines.vllm import llm_arguments, set_environment
 
         check(config)
+        # in this process: one that is killed leaves no other one behind that holds the GPU
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         has_gpu = torch.cuda.is_available()
         set_environment(has_gpu, memory_given=False)
         import vllm

@@ -1,0 +1,188 @@
+"""Roles as processes of a real Ray: where they run, how they fail, and that nothing of it is left when the driver is gone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_data.errors import InputError, RunError
+from rlhf_ray.cluster.backend import Place, WorkerDied
+from rlhf_ray.cluster.group import WorkerGroup, start_group, wait_all
+from rlhf_ray.cluster.placement import plan
+from rlhf_ray.cluster.ray import RayBackend, connect
+from rlhf_ray.config import ClusterConfig, PPOConfig
+from rlhf_ray.rewards import Source
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+]
+
+
+class Awkward(Exception):
+    """An error that cannot be read back: its constructor wants more than its message."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")
+
+
+class Rank:
+    """A rank that does little."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def meet(self) -> tuple[str, int]:
+        return f"rank {self.rank}", os.getpid()
+
+    def look(self, *variables: str) -> tuple[int, int, str, list[str | None]]:
+        """Its rank, process and folder, and some environment variables."""
+        return self.rank, os.getpid(), str(Path.cwd()), [os.environ.get(name) for name in variables]
+
+    def double(self, values: Any) -> Any:
+        return 2 * values
+
+    def fail(self, error: type[Exception], *said: str) -> None:
+        if self.rank == self.world_size - 1:
+            raise error(*said)
+
+    def die(self, how: int) -> None:
+        """Rank 1 is killed; the others hear nothing more of anybody."""
+        if self.rank == 1:
+            os.kill(os.getpid(), how)
+        threading.Event().wait()
+
+
+class Broken:
+    """A rank that cannot be made."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        raise InputError("--pretrain none: there is no such model")
+
+
+def make_config(**cluster: Any) -> PPOConfig:
+    """Two ranks of the policy, one of the reference model, and no critic."""
+    given = {
+        "model": {"pretrain": "unread"},
+        "data": {"prompt_data": "unread.jsonl"},
+        "rewards": {"reward_pretrain": "unread.py"},
+        "rollout": {"n_samples_per_prompt": 2},
+        "experience": {"advantage_estimator": "rloo"},
+        "cluster": {"actor_num_gpus_per_node": 2, "colocate_actor_ref": True, "ref_num_gpus_per_node": 2} | cluster,
+    }
+    return PPOConfig.model_validate(given)
+
+
+@pytest.fixture(scope="module")
+def own_ray() -> Iterator[RayBackend]:
+    """A Ray of the tests' own."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    with connect(ClusterConfig(ray_address="local", start_timeout=60)) as backend:
+        yield backend
+
+
+@pytest.fixture
+def start(own_ray: RayBackend):
+    """Start the ranks of a role, which end with the test."""
+    groups: list[WorkerGroup] = []
+
+    def make(ranks: int, worker: type = Rank, role: str = "policy", timeout: float = 60) -> WorkerGroup:
+        groups.append(start_group(own_ray, role, worker, [Place()] * ranks, timeout)[0])
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        group.stop()
+
+
+def test_the_processes_of_a_plan_share_the_cpus_and_get_their_environment(own_ray: RayBackend):
+    (node,) = own_ray.nodes()
+    made = plan(make_config(), [Source("f", "f.py", "function")], [node])
+    places = own_ray.reserve(made)
+    assert {role: len(own) for role, own in places.items()} == {"policy": 2, "reference": 2, "reward f": 1}
+    roles = {role: start_group(own_ray, role, Rank, own, 60) for role, own in places.items()}
+    answers = wait_all(
+        [role.start("look", "OMP_NUM_THREADS", "DS_ACCELERATOR", "RANK") for role, _ in roles.values()], 60, "looking"
+    )
+    threads = str(max(1, int(node.cpus) // 2))
+    assert [rank for rank, *_ in answers[0]] == [0, 1]
+    assert len({process for answer in answers for _, process, *_ in answer} | {os.getpid()}) == 6
+    assert {folder for answer in answers for *_, folder, _ in answer} == {str(Path.cwd())}
+    assert [answer[-1][-1] for answer in answers] == [
+        [threads, "cpu", None], [threads, "cpu", None], [str(int(node.cpus)), "cpu", None],
+    ]  # fmt: skip
+    policy, meeting = roles["policy"]
+    assert meeting == ("rank 0", answers[0][0][1]) and roles["reward f"][1] is None
+    assert [result.tolist() for result in policy.call("double", np.arange(3))] == [[0, 2, 4]] * 2
+    (left,) = own_ray.nodes()
+    assert left.free_cpus is not None and 0 <= left.free_cpus < 0.01
+    own_ray.timeout = 1
+    with pytest.raises(
+        RunError, match=r"(?s)\(--start_timeout\); free are: .* of 0 GPUs.*CPU.*ray status.*\n  policy +2 proc"
+    ):
+        own_ray.reserve(made)
+    own_ray.timeout = 60
+
+
+def test_errors_of_a_worker_are_its_own(start, own_ray: RayBackend):
+    policy = start(2)
+    with pytest.raises(InputError, match=r"^--pretrain: no$") as caught:
+        policy.call("fail", InputError, "--pretrain: no")
+    assert "in fail" in str(caught.value.__cause__) or "in fail" in str(caught.value.__cause__.__cause__)
+    with pytest.raises(RunError, match=r"^the policy, rank 1, `fail`: the disk is full$"):
+        policy.call("fail", RunError, "the disk is full")
+    with pytest.raises(RunError, match=r"^the policy, rank 1, `fail`: ValueError: what \? is this$"):
+        policy.call("fail", ValueError, "what ? is\nthis")
+    with pytest.raises(RunError, match=r"^the policy, rank 1, `fail`: Awkward: one other$"):
+        policy.call("fail", Awkward, "one", "other")
+    with pytest.raises(RunError, match=r"rank 0, `nothing`: AttributeError: 'Rank' object has no attribute 'nothing'"):
+        start(1).call("nothing")
+    assert [rank for rank, *_ in policy.call("look")] == [0, 1]
+
+
+def test_a_worker_that_cannot_be_made_says_why(start):
+    with pytest.raises(InputError, match=r"^--pretrain none: there is no such model$"):
+        start(1, Broken).call("look")
+
+
+@pytest.mark.parametrize(("how", "cause"), [(signal.SIGKILL, "killed"), (signal.SIGSEGV, "crashed")])
+def test_the_death_of_a_worker_ends_the_wait_and_names_it(start, own_ray: RayBackend, how: signal.Signals, cause: str):
+    critic = start(2, role="critic")
+    call = critic.start("die", how)
+    with pytest.raises(RunError, match=rf"^the critic, rank 1, `die`: its process .*{cause}") as caught:
+        call.result()
+    assert isinstance(caught.value.__cause__, WorkerDied) and "\n" not in str(caught.value)
+    with pytest.raises(WorkerDied):
+        own_ray.result(own_ray.call(critic.handles[1], "look"))
+
+
+def test_a_worker_that_does_not_answer_is_named(start):
+    with pytest.raises(RunError, match=r"the reference did not answer: `die` of rank 0 has taken more than 0.2 s"):
+        start(1, role="reference", timeout=0.2).call("die", 0)
+
+
+def test_all_calls_that_have_ended_are_found_at_once(start, own_ray: RayBackend):
+    (rank,), (silent,) = start(1).handles, start(1).handles
+    calls = [own_ray.call(rank, "double", n) for n in range(5)]
+    waiting = own_ray.call(silent, "die", 0)
+    own_ray.result(calls[-1])  # a worker runs its calls in turn: all of them have ended
+    assert set(own_ray.wait([waiting, *calls], 60)) == set(calls)
+    assert [own_ray.result(call) for call in calls] == [0, 2, 4, 6, 8]
+    assert own_ray.wait([waiting], 0) == []
+
+
+def test_what_several_calls_get_is_handed_over_once(start, own_ray: RayBackend):
+    values = own_ray.put(np.arange(100_000))
+    assert [result.sum() for result in start(2).call("double", values)] == [9_999_900_000] * 2
