@@ -97,6 +97,38 @@ def test_every_logged_metric_is_explained(method, options, expected, sft, train,
     assert expected <= logged <= explained
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"advantage_estimator": "gae", "pretrain_data": "text.jsonl", "n_samples_per_prompt": 1, "importance_cap": 2.0},
+        {"advantage_estimator": "grpo", "use_kl_loss": True, "overlong_buffer_len": 2, "eval_ratio": 0.5, "save_steps": 1},
+    ],
+    ids=["critic", "groups"],
+)
+def test_every_logged_metric_of_ppo_is_explained(given, tiny, metrics, tmp_path, monkeypatch):
+    """In this process, without Ray and vLLM: what these log besides is in the tests of the engines."""
+    from rlhf_data.options import build
+    from rlhf_ray.cluster.backend import LocalBackend
+    from rlhf_ray.config import PPOConfig
+    from rlhf_ray.run import train
+
+    monkeypatch.chdir(tmp_path)
+    Path("reward.py").write_text("def reward(responses):\n    return [len(response) for response in responses]\n")
+    Path("prompts.jsonl").write_text('{"prompt": "One"}\n{"prompt": "Two"}\n' * 4)
+    Path("text.jsonl").write_text('{"text": "Once upon a time"}\n' * 4)
+    given = {
+        "pretrain": str(tiny), "prompt_data": "./prompts.jsonl", "reward_pretrain": "reward.py", "rollout_batch_size": 8,
+        "train_batch_size": 8, "n_samples_per_prompt": 4, "generate_max_len": 4, "prompt_max_len": 16, "save_path": "out",
+        "zero_stage": 0, "max_rollouts": 1,
+    } | given  # fmt: skip
+    given |= {name: f"./{given[name]}" for name in ("pretrain_data",) if name in given}
+    train(build(PPOConfig, given), backend=LocalBackend())
+    logged = {key for row in metrics(tmp_path / "out") for key in row if not re.match(r"(eval_)?reward_reward", key)}
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert {"reward", "entropy", "seconds_update"} <= logged
+    assert logged <= set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
+
+
 def test_the_buckets_of_lengths_are_explained():
     from rlhf_core.methods.rm import BUCKETS
 
@@ -152,7 +184,7 @@ def test_every_flag_in_the_pages_is_an_option(generator):
     """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
     known = {"--help", "--version", "--no_", "--method"}
     known |= {"--group", "--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
-    known |= {"--remote_rm_url", "--csft_prompt"}
+    known |= {"--csft_prompt", "--address", "--head"}
     known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache", "--is_rm", "--normalize_reward"}
     known = known.union(*(flags_of(generator, command) for command in generator.CONFIGS))
     for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_core.checkpoint import Checkpoints, damage
 from rlhf_data.errors import InputError, RunError
 from rlhf_data.options import build
 from rlhf_ray.cluster.backend import LocalBackend
@@ -217,3 +221,77 @@ def test_rewards_that_never_differ_end_a_filtered_run_with_the_reason(options, t
 def test_too_few_prompts_are_refused_with_numbers(options):
     with pytest.raises(InputError, match="takes 256 prompts, and there are 24: give --rollout_batch_size 96 or less"):
         prepare(options(rollout_batch_size=1024))
+
+
+@pytest.fixture
+def nonsense() -> Iterator[str]:
+    """URL of a reward server that answers every request with the same nonsense."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"as good as it gets")
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing to the terminal."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_reward_server_that_answers_nonsense_ends_the_run_with_its_url_and_its_words(options, nonsense):
+    with pytest.raises(RunError) as caught:
+        train(options(reward_pretrain=None, remote_rm_url=nonsense, remote_rm_retries=0))
+    assert nonsense in str(caught.value) and "as good as it gets" in str(caught.value)
+
+
+def test_a_reward_that_is_no_number_ends_the_run_and_names_the_function(options, tmp_path):
+    function = tmp_path / "silly.py"
+    function.write_text("def reward(responses):\n    return [0.5] * (len(responses) - 1) + [float('nan')]\n")
+    with pytest.raises(RunError, match=rf"{function}.* nan"):
+        train(options(reward_pretrain=str(function)))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_the_last_checkpoint_is_good(options):
+    """The policy waits for a rollout, so that there is a checkpoint before its first step."""
+    given = {"advantage_estimator": "gae", "freezing_actor_steps": 1, "max_rollouts": 3, "save_steps": 1}
+    with pytest.raises(
+        RunError, match=r"gradient norm of optimizer step \d+ of the policy is (nan|inf); nothing of it"
+    ):
+        train(options(**given, actor_learning_rate=1e30))
+    folder = Path(options().checkpoint.save_path)
+    (newest,) = (folder / "checkpoints").iterdir()
+    assert not damage(newest) and not list(folder.glob("*.safetensors"))
+    assert train(options(**given, load_checkpoint=True))[-1]["rollout"] == 3
+
+
+def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(options, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def on_a_small_disk(self: Checkpoints, write: Any, number: int, state: dict[str, Any]) -> Path:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if number == 4 else soft, hard))
+        try:
+            return save(self, write, number, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    given = {"max_rollouts": 5, "save_steps": 2, "advantage_estimator": "gae", "init_kl_coef": 0.01}
+    expected = train(options(**given, save_path=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", on_a_small_disk)
+        with pytest.raises(RunError, match=r"checkpoint of .*4 could not be written .* earlier checkpoints are intact"):
+            train(options(**given))
+    folder = tmp_path / "out/checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["global_step2"] and not damage(folder / "global_step2")
+    assert train(options(**given, load_checkpoint=True)) == expected

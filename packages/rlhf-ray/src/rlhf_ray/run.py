@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.libraries import settle
 from rlhf_data.errors import InputError
 from rlhf_ray.cluster.backend import Backend, Place
-from rlhf_ray.cluster.group import Pending, WorkerGroup, start_group, wait_all
+from rlhf_ray.cluster.group import WorkerGroup, start_group, wait_all
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.prompts import PromptData
 
@@ -146,14 +146,11 @@ def other_model(config: PPOConfig, name: str, option: str) -> tuple[str, Any]:
 def check_engines(config: PPOConfig, model_config: Any) -> None:
     """Make sure that vLLM is there and can run the policy, if it is wanted."""
     if config.engines.vllm_num_engines:
-        from rlhf_infer.engines.vllm import LEAST_TEMPERATURE, check_installed, check_model
+        from rlhf_infer.engines.vllm import check_model
+        from rlhf_ray.engines.vllm import check
 
-        check_installed()
-        check_model(config.model.pretrain, model_config.get_text_config())
-        if config.rollout.temperature < LEAST_TEMPERATURE:
-            raise InputError(
-                f"--temperature {config.rollout.temperature:g}: vLLM draws at {LEAST_TEMPERATURE} or above"
-            )
+        check(config)
+        check_model(config.model.pretrain, model_config.get_text_config(), "set --vllm_num_engines 0")
 
 
 def count_rollouts(config: PPOConfig, prompts: int) -> int:
@@ -214,6 +211,7 @@ def run(prepared: Prepared, backend: Backend, places: Mapping[str, Sequence[Plac
         backend: runs the roles.
         places: of the ranks of each role; of a role that is not in it, a single rank anywhere.
     """
+    from rlhf_core.report import write_report
     from rlhf_ray.ppo import PPO
 
     config, saving = prepared.config, prepared.config.checkpoint
@@ -222,6 +220,7 @@ def run(prepared: Prepared, backend: Backend, places: Mapping[str, Sequence[Plac
         PPO(config, roles, prepared.data, prepared.context, identity_of(prepared, roles)).run()
         roles.policy.call("export", saving.save_path)
         print(f"saved {saving.save_path}", flush=True)
+        write_report(Path(saving.save_path) / "run")
         if roles.critic is not None and config.critic.save_value_network:
             roles.critic.call("export", f"{saving.save_path}_critic")
             print(f"saved {saving.save_path}_critic", flush=True)
@@ -242,25 +241,26 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
     config = prepared.config
     timeout, patience = config.cluster.start_timeout, config.cluster.call_timeout
     servers = connect_servers(config)
-    groups: dict[str, WorkerGroup] = {}
-    pendings: list[Pending[Any]] = []
-
-    def start(role: str, worker: type, *arguments: Any) -> None:
-        groups[role], meeting = start_group(backend, role, worker, places.get(role, [Place()]), patience)
-        pendings.append(groups[role].start("setup", config, meeting, *arguments))
-
-    start("policy", PolicyWorker, prepared.steps)
-    if config.starts_reference:
-        start("reference", ReferenceWorker)
-    if config.needs_critic:
-        start("critic", CriticWorker, prepared.steps)
     sources = needs_workers(config)
-    for source in sources:
-        start(f"reward {source.name}", RewardWorker, source.where)
-    engines: Any = None
+    wanted: dict[str, tuple[type, tuple[Any, ...]]] = {"policy": (PolicyWorker, (prepared.steps,))}
+    if config.starts_reference:
+        wanted["reference"] = ReferenceWorker, ()
+    if config.needs_critic:
+        wanted["critic"] = CriticWorker, (prepared.steps,)
+    wanted |= {f"reward {source.name}": (RewardWorker, (source.where,)) for source in sources}
+    started = {
+        role: start_group(backend, role, worker, places.get(role, [Place()]), patience)
+        for role, (worker, _) in wanted.items()
+    }
+    groups = {role: group for role, (group, _) in started.items()}
+    engines, pendings = None, []
     if config.engines.vllm_num_engines:
         engines = start_engines(prepared, backend, places, groups["policy"])
         pendings.append(engines.ready)
+    if engines is not None and config.cluster.colocate_all:
+        wait_all(pendings, timeout, "starting the engines")  # they take their memory and sleep before others load
+        pendings = []
+    pendings += [groups[role].start("setup", config, started[role][1], *own) for role, (_, own) in wanted.items()]
     wait_all(pendings, timeout, "getting ready")
     judges = [(source.name, groups[f"reward {source.name}"]) for source in sources]
     rewards = Rewards(judges, config, prepared.tokenizer, servers)

@@ -195,7 +195,7 @@ def check_gpus(tp_size: int) -> None:
         )
 
 
-def check_model(pretrain: str, text_config: Any) -> None:
+def check_model(pretrain: str, text_config: Any, way_out: str = "give --engine transformers") -> None:
     """Make sure that vLLM's attention for CPUs can run a model, where there is no GPU."""
     import torch
 
@@ -203,5 +203,5 @@ def check_model(pretrain: str, text_config: Any) -> None:
     if not torch.cuda.is_available() and size not in CPU_HEAD_SIZES:
         raise InputError(
             f"--pretrain {pretrain} has attention heads of {size} dimensions, and vLLM without a GPU runs only "
-            f"{', '.join(map(str, CPU_HEAD_SIZES))}: give --engine transformers"
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}: {way_out}"
         )
