@@ -19,7 +19,7 @@ from rlhf_data.errors import InputError, RunError
 from rlhf_ray.cluster.backend import Place, WorkerDied
 from rlhf_ray.cluster.group import WorkerGroup, start_group, wait_all
 from rlhf_ray.cluster.placement import plan
-from rlhf_ray.cluster.ray import RayBackend, connect
+from rlhf_ray.cluster.ray import RayBackend, cause_of_death, connect
 from rlhf_ray.config import ClusterConfig, PPOConfig
 from rlhf_ray.rewards import Source
 
@@ -27,6 +27,21 @@ pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
 ]
+
+
+DRIVER = """
+import os, threading
+from rlhf_ray.cluster.backend import Place
+from rlhf_ray.cluster.ray import connect
+from rlhf_ray.config import ClusterConfig
+
+with connect(ClusterConfig(ray_address="local")) as backend:
+    rank = backend.start(threading.Event, place=Place(), name="rank")
+    backend.result(backend.call(rank, "is_set"))
+    print(os.environ["RAY_AUTH_TOKEN"], flush=True)
+    backend.wait([backend.call(rank, "wait")], 200)
+"""
+"""A program that waits for a worker on a Ray of its own."""
 
 
 class Awkward(Exception):
@@ -186,3 +201,59 @@ def test_all_calls_that_have_ended_are_found_at_once(start, own_ray: RayBackend)
 def test_what_several_calls_get_is_handed_over_once(start, own_ray: RayBackend):
     values = own_ray.put(np.arange(100_000))
     assert [result.sum() for result in start(2).call("double", values)] == [9_999_900_000] * 2
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (
+            "Task was killed due to the node running low on memory.\nMemory on the node was 9GB / 9GB",
+            "ran out of memory",
+        ),
+        ("The actor died because its node has died. Node Id: 12\nthe actor's node was terminated", "its node has died"),
+        ("Worker exit type: USER_ERROR\nWorker exits with an exit code 3.", "ended with exit code 3"),
+        ("The actor is dead because it was killed by `ray.kill`.", "its process was ended"),
+        ("Something\nnew", "its process has died: Something new"),
+    ],
+)
+def test_why_a_process_is_gone_is_said_in_one_line(said: str, cause: str):
+    assert cause in cause_of_death(said) and "\n" not in cause_of_death(said)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"^--ray_address 127.0.0.1:1: no Ray cluster answers .*ray start --head"),
+        ("ray://127.0.0.1:10001", r"^--ray_address ray://127.0.0.1:10001: a run is driven from a node of its cluster"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_named_with_the_way_out(address: str, message: str):
+    with pytest.raises(InputError, match=message):
+        connect(ClusterConfig(ray_address=address))
+
+
+def test_a_driver_that_is_told_to_end_takes_its_ray_with_it():
+    """Every process of a Ray of a run's own has the token of the run in its environment."""
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        token = driver.stdout.readline().strip()
+        assert len(processes_with(token)) > 3
+        driver.terminate()
+        assert driver.wait(60) == 143
+        assert processes_with(token) == []
+    finally:
+        driver.kill()
+        driver.communicate()
+
+
+def processes_with(token: str) -> list[str]:
+    """Programs that run with a word in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if token.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "comm").read_text().strip())
+        except OSError:
+            continue  # it has ended in between
+    return found

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from rlhf_data.errors import InputError
-from rlhf_ray.cluster.placement import Node, Plan, plan, this_machine
+from rlhf_ray.cluster.backend import Place
+from rlhf_ray.cluster.placement import Node, Plan, Slot, plan, this_machine
+from rlhf_ray.cluster.ray import place_of
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.rewards import Source
 
@@ -137,6 +139,16 @@ def test_engines_among_the_ranks_of_the_policy_are_split_over_gpus_of_one_node()
         assert {made.bundles[bundle].node for bundle in slot.bundles} == {slot.node}
     assert {slot.node.name for slot in engines} == {"node0", "node1"}
     assert 0 < engines[0].gpus < 1
+
+
+def test_an_engine_that_shares_several_gpus_is_told_which_they_are():
+    """Ray tells a process of the GPU of one bundle only."""
+    slot = Slot(LAPTOP[0], (2, 3), cpus=0.5, gpus=0.25, environment={"LOCAL_RANK": "0"})
+    told = {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "6,1"}
+    assert place_of(slot, "group", {2: "6", 3: "1"}) == Place("group", 2, 0.5, 0.25, told)
+    assert place_of(slot, "group", {}).environment == {"LOCAL_RANK": "0"}
+    alone = Slot(LAPTOP[0], (2,), cpus=0.5, gpus=0.25)
+    assert place_of(alone, "group", {2: "6", 3: "1"}).environment == {}
 
 
 def test_a_role_that_the_options_do_not_need_gets_no_process():

@@ -197,6 +197,28 @@ def test_held_out_prompts_are_answered_and_parts_of_rewards_logged(options):
     assert {"reward_reward", "reward_reward.empty", "eval_reward_reward"} <= {key for row in found for key in row}
 
 
+def test_the_price_of_divergence_follows_its_target(options):
+    given = {"init_kl_coef": 0.05, "kl_target": 1e-4, "kl_horizon": 100, "max_rollouts": 4, "generate_max_len": 3}
+    found = train(options(**given))
+    prices = [row["kl_coef"] for row in found]
+    assert prices[0] == 0.05 and prices[-1] > prices[1], "what is far above its target costs more"
+
+
+def test_responses_that_are_all_cut_off_and_masked_have_no_figures(options):
+    found = train(options(advantage_estimator="rloo", truncated_responses="mask", generate_max_len=2, train_batch_size=4,
+                          max_rollouts=6, seed=3))  # fmt: skip
+    assert all("grad_norm" in row and row["truncated"] > 0 for row in found)
+
+
+def test_a_learning_rate_may_change_when_a_run_goes_on(options):
+    settings = {"max_rollouts": 4, "save_steps": 2, "lr_scheduler": "constant"}
+    train(options(**settings))
+    for folder in (Path(options().checkpoint.save_path) / "checkpoints").glob("global_step4"):
+        folder.rename(folder.with_name("later"))
+    found = train(options(**settings, load_checkpoint=True, actor_learning_rate=1e-3))
+    assert [row["learning_rate"] for row in found] == [0.02, 0.02, 1e-3, 1e-3]
+
+
 def test_the_actor_waits_for_the_critic(options, bandit):
     found = train(options(advantage_estimator="gae", freezing_actor_steps=2, max_rollouts=3, save_value_network=True))
     assert ["policy_loss" in row for row in found] == [False, False, True]
@@ -216,6 +238,41 @@ def test_rewards_that_never_differ_end_a_filtered_run_with_the_reason(options, t
     constant.write_text("def reward(responses):\n    return [1.0] * len(responses)\n")
     with pytest.raises(RunError, match=r"--dynamic_filtering: rollout 0 has asked 16 prompts.*--max_filtered 2"):
         train(options(reward_pretrain=str(constant), dynamic_filtering=True, max_filtered=2))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kl_horizon": 5}, "--kl_horizon would do nothing without --kl_target"),
+        ({"max_num_seqs": 5}, "--max_num_seqs would do nothing without --vllm_num_engines of 1 or more"),
+        ({"max_staleness": 3}, "--max_staleness would do nothing without --async"),
+        ({"advantage_estimator": "reinforce", "normalize_advantages": False}, "reinforce is whitened by definition"),
+        ({"async_rollouts": True}, "--async writes beside the policy's training: set --vllm_num_engines"),
+        ({"rollout_batch_size": 30}, "not a multiple of --n_samples_per_prompt 4; the nearest that is: 28 or 32"),
+        ({"train_batch_size": 12}, "not a multiple of --train_batch_size 12; the nearest that is: 24 or 36"),
+        ({"actor_num_gpus_per_node": 3}, "cannot be divided among the 3 ranks of the actor"),
+        ({"n_samples_per_prompt": 1}, "--advantage_estimator grpo compares the responses to one prompt"),
+        ({"save_value_network": True}, "--save_value_network: --advantage_estimator grpo has no critic"),
+        ({"reward_weights": "1,2"}, "--reward_weights has 2 weights for 1 reward models"),
+        ({"reward_weights": "a"}, "--reward_weights must be numbers"),
+        ({"use_kl_loss": True}, "--use_kl_loss needs a price of the divergence"),
+        ({"policy_loss": "gspo", "dual_clip": 3.0}, "--dual_clip is for --policy_loss ppo"),
+        ({"eps_clip": 1.5}, "a ratio cannot fall by more than 1"),
+        ({"reward_clip_range": (1.0, -1.0)}, "--reward_clip_range must be two numbers"),
+        ({"overlong_buffer_len": 9}, "--overlong_buffer_len 9 is more than --generate_max_len 1"),
+        ({"pretrain_key": "text"}, "--pretrain_key is about --pretrain_data"),
+        ({"lora_rank": 4, "load_in_4bit": True, "zero_stage": 3}, "--load_in_4bit weights cannot be split"),
+        (
+            {"advantage_estimator": "gae", "dynamic_filtering": True},
+            "--dynamic_filtering is for estimators that compare",
+        ),
+        ({"aux_loss_coef": 0.1}, "--aux_loss_coef is not for PPO"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_that_contradict_each_other_are_refused(options, given, said):
+    with pytest.raises(InputError, match=said):
+        options(**given)
 
 
 def test_too_few_prompts_are_refused_with_numbers(options):

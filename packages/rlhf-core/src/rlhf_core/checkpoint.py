@@ -147,11 +147,29 @@ def write_engine(engine: Any, folder: Path, rank: int) -> None:
 
 
 def read_engine(engine: Any, folder: Path, rank: int) -> None:
-    """Put `engine` and this rank's random state back to where they were; the inverse of `write_engine`."""
+    """Put `engine` and this rank's random state back to where they were; the inverse of `write_engine`.
+
+    The learning rate goes on along its schedule, from the peak that the run has now.
+    """
+    peaks = list(engine.lr_scheduler.base_lrs)
     adapters = any(not p.requires_grad for p in engine.module.parameters())  # frozen weights are not in a checkpoint
     found, _ = engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=not adapters)
     assert found, f"DeepSpeed found no checkpoint in {folder}"
+    set_peaks(engine, peaks)
     restore_random_state(load_file(folder / f"random_rank{rank}.safetensors"))
+
+
+def set_peaks(engine: Any, peaks: list[float]) -> None:
+    """Give a schedule that is under way other peak learning rates; nothing changes if they are the same."""
+    schedule = engine.lr_scheduler
+    if schedule.base_lrs == peaks:
+        return
+    schedule.base_lrs = peaks
+    schedule._last_lr = [
+        peak * shape(schedule.last_epoch) for peak, shape in zip(peaks, schedule.lr_lambdas, strict=True)
+    ]
+    for group, peak, now in zip(engine.optimizer.param_groups, peaks, schedule._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = peak, now
 
 
 def check_shared(folder: Path, option: str, strategy: Strategy | Alone) -> None:

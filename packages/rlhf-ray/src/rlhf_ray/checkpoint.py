@@ -37,6 +37,8 @@ class PPOCheckpoints:
             for role in self.roles:
                 (staging / role.role).mkdir()
                 role.call("save", str(staging / role.role))
+                if not any((staging / role.role).iterdir()):
+                    raise OSError(f"what the {role.role} wrote is not here: its node has another folder of that name")
 
         path = self.files.save(write, number, {"identity": self.identity} | state)
         if self.config.save_hf_ckpt:

@@ -178,7 +178,8 @@ class ExperienceConfig(Config):
     """λ of `gae`: 0 trusts the critic, 1 the returns."""
 
     normalize_advantages: bool | None = None
-    """Whiten advantages over all tokens of a rollout; by default for `gae` only."""
+    """Whiten advantages over all tokens of a rollout; by default for `gae`. `reinforce` and `reinforce_baseline` are whitened by
+    definition."""
 
     init_kl_coef: Annotated[float, Field(ge=0)] = 0.01
     """Price of a nat of KL divergence from the reference model; 0 loads no reference model."""
@@ -604,8 +605,42 @@ class PPOConfig(Config):
                 raise ValueError(
                     f"{', '.join(wrong)}: --advantage_estimator {estimator} has no critic: leave it out, or take gae"
                 )
+        if self.experience.normalize_advantages is not None and estimator in ("reinforce", "reinforce_baseline"):
+            raise ValueError(f"--normalize_advantages: {estimator} is whitened by definition; leave it out")
         if self.rollout.dynamic_filtering and estimator == "gae":
             raise ValueError("--dynamic_filtering is for estimators that compare responses to one prompt, such as grpo")
+        return self
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> PPOConfig:
+        """Refuse what was given and would do nothing."""
+        experience = self.experience
+        needs = {
+            "--vllm_num_engines of 1 or more": (
+                bool(self.engines.vllm_num_engines),
+                self.engines,
+                ("vllm_gpu_memory_utilization", "max_num_seqs", "check_sync_steps", "engine_restarts"),
+            ),
+            "--async": (self.rollout.async_rollouts, self.rollout, ("max_staleness",)),
+            "--dynamic_filtering": (self.rollout.dynamic_filtering, self.rollout, ("max_filtered",)),
+            "--kl_target": (experience.kl_target is not None, experience, ("kl_horizon",)),
+            "--enable_ema": (self.ppo.enable_ema, self.ppo, ("ema_beta",)),
+            "--advantage_estimator gae": (self.needs_critic, experience, ("lambd",)),
+            "--pretrain_data": (self.data.pretrain_data is not None, self.ppo, ("ptx_coef",)),
+            "--overlong_buffer_len or --truncated_responses penalise": (
+                experience.overlong_buffer_len is not None or experience.truncated_responses == "penalise",
+                experience,
+                ("overlong_penalty",),
+            ),
+        }  # fmt: skip
+        for needed, (there, group, options) in needs.items():
+            given = [
+                f"--{name}"
+                for name in options
+                if name in group.model_fields_set and getattr(group, name) != type(group).model_fields[name].default
+            ]
+            if given and not there:
+                raise ValueError(f"{', '.join(given)} would do nothing without {needed}: give both or neither")
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from rlhf_losses import (
     kl_estimate,
     kl_penalised_rewards,
     leave_one_out,
+    masked_moments,
     masked_whiten,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
@@ -104,12 +105,11 @@ def make_experience(judged: Judged, config: PPOConfig, kl_coef: float) -> tuple[
     mask = rollout.per_target(kept)
     kl = divergence(judged, config)
     paid = np.zeros(rollout.num_targets, np.float32) if kl is None or options.use_kl_loss else kl
+    shaped = scores - np.float32(kl_coef) * rollout.by_sample(paid)
     if options.advantage_estimator in GROUPED:
-        shaped = scores - np.float32(kl_coef) * rollout.by_sample(paid)
         advantages, returns = rollout.per_target(compared(shaped, rollout.groups, kept, config)), None
     else:
         advantages, returns = over_time(judged, scores, paid, mask, config, kl_coef)
-        shaped = scores - np.float32(kl_coef) * rollout.by_sample(paid)
     if whitens(config):
         advantages = masked_whiten(tensor(advantages), tensor(mask)).numpy()
     experience = Experience.of(
@@ -147,7 +147,8 @@ def compared(
 ) -> NDArray[np.float32]:
     """Advantages of whole responses, from comparing those to one prompt, `[N]`.
 
-    Responses that are not trained on are compared with the others all the same: what they earned is known.
+    Responses that are not trained on are compared with the others all the same: what they earned is known. Whitening, which
+    is of those that are, does not see them.
     """
     x, ids = tensor(scores), tensor(groups)
     match config.experience.advantage_estimator:
@@ -158,7 +159,8 @@ def compared(
         case "dr_grpo":
             return group_centred(x, ids).numpy()
         case _:
-            return reinforce_plus_plus_baseline(x, ids).numpy()
+            moments = masked_moments(group_centred(x, ids), tensor(kept))
+            return reinforce_plus_plus_baseline(x, ids, moments=moments).numpy()
 
 
 def over_time(

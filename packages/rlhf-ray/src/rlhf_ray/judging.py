@@ -87,10 +87,16 @@ class Judging:
             if role in computed[0]:
                 values = np.concatenate([calls[role][place] for calls in computed])
                 columns[name] = values[samples] if name == "after" else take(values, rollout.target_bounds, samples)
+        parts = {
+            name: np.concatenate([c.parts.get(name, np.full(len(c.rollout), np.nan, np.float32)) for c in chunks])[
+                samples
+            ]
+            for name in dict.fromkeys(name for chunk in chunks for name in chunk.parts)
+        }
         return Judged(
             rollout=rollout.select(samples),
             scores=np.concatenate([chunk.scores for chunk in chunks if chunk.scores is not None])[samples],
-            parts={name: np.concatenate([chunk.parts[name] for chunk in chunks])[samples] for name in chunks[0].parts},
+            parts=parts,
             **{name: columns.get(name) for name in COLUMNS},
         )
 

@@ -95,7 +95,9 @@ class PPO:
                 self.evaluate()
             while not self.is_done:
                 experience, judged = self.make_experience()
-                figures |= judged | self.update(experience) | self.sync()
+                figures |= judged | self.update(experience)
+                self.kl.update(judged.get("kl", 0.0), len(experience))
+                figures |= self.sync()
                 if due(self.position.rollout, config.logging.logging_steps) or self.is_done:
                     self.log(figures, experience)
                 if self.evaluation_due:
@@ -103,6 +105,7 @@ class PPO:
                 if due(self.position.rollout, config.checkpoint.save_steps):
                     self.save()
                 figures = {}
+        self.make_room()
 
     def make_experience(self) -> tuple[Experience, dict[str, float]]:
         """Have a rollout written and judged, and turn it into advantages."""
@@ -115,13 +118,14 @@ class PPO:
                 if not (missing := self.config.prompts_per_rollout - judging.kept()):
                     break
                 self.rollouts.ask_again(missing)
-        self.make_room()
+        with self.timed("sync"):
+            self.make_room()
         with self.timed("judge"):
             judged = judging.result()
             experience, figures = make_experience(judged, self.config, self.kl.coef)
         self.parts = judged.parts
         stale = self.updates - experience.versions
-        figures |= {"staleness": float(stale.mean()), "staleness_max": float(stale.max())}
+        figures |= {"staleness": float(stale.mean()), "staleness_max": float(stale.max()), "kl_coef": self.kl.coef}
         if self.config.rollout.dynamic_filtering:
             figures["filtered"] = judging.dropped / (judging.dropped + len(experience))
         return experience, figures
@@ -139,7 +143,6 @@ class PPO:
         figures: dict[str, float] = {}
         for ranks in answers:  # every rank says the same, of each step
             figures |= summary(ranks[0])
-        figures["kl_coef"] = self.kl.coef
         self.updates += self.trains_policy
         self.rollouts.finish()
         self.position = Position(
@@ -150,8 +153,6 @@ class PPO:
             position.tokens + len(experience.input_ids),
             self.updates,
         )
-        if "kl" in figures:
-            self.kl.update(figures["kl"], len(experience))
         return figures
 
     def start_update(self, group: WorkerGroup, experience: Experience, reduction: str) -> Pending[Any]:
@@ -163,13 +164,11 @@ class PPO:
     def sync(self) -> dict[str, float]:
         """Give the policy's weights to the engines, if they have changed."""
         with self.timed("sync"):
-            if self.config.cluster.colocate_all:
-                self.roles.engines.wake()
+            if self.config.cluster.colocate_all and self.roles.critic is not None:
+                self.roles.critic.call("offload")  # of the engines, only the weights are awake while these are sent
             figures = {} if self.synced == self.updates else self.roles.engines.sync(self.updates)
             self.synced = self.updates
-            if self.config.cluster.colocate_all:
-                for group in self.roles.trained:
-                    group.call("offload")
+            self.make_way()
         return figures
 
     def make_room(self) -> None:
@@ -178,6 +177,13 @@ class PPO:
             self.roles.engines.sleep()
             for group in self.roles.trained:
                 group.call("reload")
+
+    def make_way(self) -> None:
+        """Give the devices to the engines, where they share them."""
+        if self.config.cluster.colocate_all:
+            for group in self.roles.trained:
+                group.call("offload")
+            self.roles.engines.wake()
 
     def evaluate(self) -> None:
         if self.data.evaluation is not None:
@@ -220,7 +226,7 @@ class PPO:
     def write(self, figures: dict[str, float]) -> None:
         """One row of the record."""
         position = self.position
-        episode = position.rollout * self.config.prompts_per_rollout / len(self.data.train)
+        episode = position.request / len(self.data.train)
         row = {"step": position.step, "rollout": position.rollout, "epoch": round(episode, 6)} | figures
         self.record.row(row)
         self.display.advance(position.rollout)
@@ -234,7 +240,9 @@ class PPO:
                 "kl": self.kl.state(),
                 "written": {"metrics": self.record.position(), "samples": self.samples.position()},
             }
+            self.make_room()
             self.checkpoints.save(self.position.rollout, state)
+            self.make_way()
 
     def resume(self) -> dict[str, int]:
         """Go to where the newest checkpoint is, if asked to; returns the sizes of the record's files there."""
@@ -270,10 +278,12 @@ class PPO:
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Figures of several optimizer steps as one: their mean, or for a maximum the largest."""
-    return {
-        name: max(step[name] for step in steps)
-        if name.endswith("_max")
-        else sum(step[name] for step in steps) / len(steps)
-        for name in steps[0]
-    }
+    """Figures of several optimizer steps as one: their mean, or for a maximum the largest.
+
+    A step without a trained token has no figures of tokens.
+    """
+    found: dict[str, list[float]] = {}
+    for step in steps:
+        for name, value in step.items():
+            found.setdefault(name, []).append(value)
+    return {name: max(values) if name.endswith("_max") else sum(values) / len(values) for name, values in found.items()}

@@ -312,7 +312,6 @@ class Rewards:
         }
         name = config.rewards.reward_fn
         self.function = None if name is None else (name, combining(name))
-        self.metrics: dict[str, tuple[str, ...]] = {}
 
     def describe(self) -> list[str]:
         """A line on each source, for people."""
@@ -351,7 +350,7 @@ class Rewards:
         parts: dict[str, NDArray[np.float32]] = {}
         for source, judged, rewards in zip(self.sources, judgements, each, strict=True):
             parts[source.name] = rewards.astype(np.float32)
-            parts |= {f"{source.name}.{name}": values for name, values in self._metrics_of(source, judged).items()}
+            parts |= {f"{source.name}.{name}": values for name, values in self._metrics_of(judged).items()}
         if self.function is not None:
             total = combined(*self.function, each, count)
         else:
@@ -373,19 +372,12 @@ class Rewards:
         call = group.start("judge", [Answer("", "", sample=sample) for sample in samples])
         return Pending(group, "judge", call.references, lambda ranks: ranks[:1])
 
-    def _metrics_of(self, source: Source, judged: Judgement) -> dict[str, NDArray[np.float32]]:
-        """Numbers that a function said beside its rewards: always those that were numbers the first time."""
-        if source.name not in self.metrics:
-            found = (name for name, values in judged.metrics.items() if all(is_finite(value) for value in values))
-            self.metrics[source.name] = tuple(sorted(found))
-        missing = [name for name in self.metrics[source.name] if name not in judged.metrics]
-        if missing:
-            raise RunError(
-                f"the function {source.where} returned no `{missing[0]}`, which it did return for other responses"
-            )
+    def _metrics_of(self, judged: Judgement) -> dict[str, NDArray[np.float32]]:
+        """What a function said beside its rewards, as far as it is numbers; NaN where it is none."""
         return {
-            name: np.array([value if is_finite(value) else math.nan for value in judged.metrics[name]], np.float32)
-            for name in self.metrics[source.name]
+            name: np.array([value if is_finite(value) else math.nan for value in values], np.float32)
+            for name, values in sorted(judged.metrics.items())
+            if any(is_finite(value) for value in values)
         }
 
     def _describe(self, source: Source) -> str:

@@ -16,7 +16,7 @@ from rlhf_ray.prompts import PromptData
 
 if TYPE_CHECKING:
     from rlhf_ray.engines.pool import VLLMEngines
-    from rlhf_ray.rewards import Source
+    from rlhf_ray.rewards import Rewards, Source
     from rlhf_ray.roles import Roles
 
 
@@ -242,7 +242,9 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
     timeout, patience = config.cluster.start_timeout, config.cluster.call_timeout
     servers = connect_servers(config)
     sources = needs_workers(config)
-    wanted: dict[str, tuple[type, tuple[Any, ...]]] = {"policy": (PolicyWorker, (prepared.steps,))}
+    frozen = max(0, config.ppo.freezing_actor_steps) * prepared.steps // prepared.rollouts
+    steps = max(1, prepared.steps - frozen)  # which the schedule of the policy spans
+    wanted: dict[str, tuple[type, tuple[Any, ...]]] = {"policy": (PolicyWorker, (steps,))}
     if config.starts_reference:
         wanted["reference"] = ReferenceWorker, ()
     if config.needs_critic:
@@ -261,9 +263,10 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
         wait_all(pendings, timeout, "starting the engines")  # they take their memory and sleep before others load
         pendings = []
     pendings += [groups[role].start("setup", config, started[role][1], *own) for role, (_, own) in wanted.items()]
-    wait_all(pendings, timeout, "getting ready")
+    facts = [found[0] for found in wait_all(pendings, timeout, "getting ready")[-len(wanted) :]]
     judges = [(source.name, groups[f"reward {source.name}"]) for source in sources]
     rewards = Rewards(judges, config, prepared.tokenizer, servers)
+    print(ready(dict(zip(wanted, facts, strict=True)), rewards), flush=True)
     return Roles(
         backend,
         groups["policy"],
@@ -272,6 +275,23 @@ def start_roles(prepared: Prepared, backend: Backend, places: Mapping[str, Seque
         groups.get("critic"),
         groups.get("reference"),
     )
+
+
+def ready(facts: Mapping[str, Mapping[str, Any]], rewards: Rewards) -> str:
+    """What roles say of themselves when they are ready, for people."""
+    said = {
+        role: ", ".join(
+            f"{key.replace('_', ' ')} {shown(value)}" for key, value in own.items() if key != "pretrain_data"
+        )
+        for role, own in facts.items()
+        if not role.startswith("reward ")
+    }
+    lines = [f"  {role:12}{text}" for role, text in said.items()] + [f"  {'reward':12}{x}" for x in rewards.describe()]
+    return "\n".join(["Ready", *lines])
+
+
+def shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def start_engines(

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
 
 from rlhf_data.errors import InputError, RunError
 from rlhf_infer.rewards.function import is_finite
@@ -27,6 +28,9 @@ from rlhf_infer.rewards.scorer import Answer, Judgement, Scorer
 
 TOKEN = "RLHF_REMOTE_RM_TOKEN"
 """The environment variable that holds the bearer token."""
+
+SECRET = re.compile(r"token|key|secret|password|auth|signature", re.IGNORECASE)
+"""Names of parameters of a URL whose values are nobody's business."""
 
 PATHS = ("/get_reward", "/v1/rewards")
 """Where `rlhf serve` takes requests; the first is the reference system's, and taken where a URL has no path."""
@@ -127,6 +131,11 @@ def check_server(options: RemoteOptions) -> None:
         raise InputError(
             f"{said}: a password in a URL would be written to the run's record; give the environment variable {TOKEN}"
         )
+    if secrets := [name for name, _ in parse_qsl(url.query) if SECRET.search(name)]:
+        raise InputError(
+            f"{said}: `{secrets[0]}` behind the `?` would be written to the run's record; give a token in the environment "
+            f"variable {TOKEN}"
+        )
     if url.fragment:
         raise InputError(f"{said}: what stands behind `#` is sent to no server; leave it out")
     token = os.environ.get(TOKEN, "")
@@ -135,7 +144,10 @@ def check_server(options: RemoteOptions) -> None:
 
 
 def without_secrets(url: str) -> str:
-    """A URL without user and password."""
+    """A URL without user and password, nor what stands behind a `?` if it holds a secret."""
+    before, mark, query = url.partition("?")
+    if any(SECRET.search(name) for name, _ in parse_qsl(query)):
+        url = f"{before}{mark}…"
     scheme, mark, rest = url.partition("://")
     place, slash, path = rest.partition("/")
     return f"{scheme}{mark}{place.rpartition('@')[2]}{slash}{path}"

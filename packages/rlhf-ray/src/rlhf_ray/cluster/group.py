@@ -276,7 +276,10 @@ def divided(rollout: Rollout, ranks: int, size: int, token_budget: int | None) -
         size: most samples of a micro-batch.
         token_budget: most tokens of a micro-batch; None to count samples.
     """
-    starts, width = units(rollout.groups, min(size, -(-len(rollout) // ranks)))
+    most = min(size, -(-len(rollout) // ranks))
+    if token_budget is not None:
+        most = min(most, max(1, token_budget // int(rollout.lengths.max())))
+    starts, width = units(rollout.groups, most)
     lengths = np.diff(rollout.cu_seqlens[np.append(starts, len(rollout))])
     budget = None if token_budget is None else max(token_budget, int(lengths.max()))
     plan = plan_micro_batches(lengths, ranks, max(1, size // width), budget)

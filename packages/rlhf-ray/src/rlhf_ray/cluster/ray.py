@@ -196,7 +196,10 @@ class RayBackend:
 
         if not references:
             return []
-        ready, left = ray.wait(list(references), num_returns=1, timeout=timeout)
+        try:
+            ready, left = ray.wait(list(references), num_returns=1, timeout=timeout)
+        except SystemExit:
+            raise SystemExit(KILLED) from None  # of `exit_by_exception`: Ray loses the code
         if ready and left:
             more, _ = ray.wait(left, num_returns=len(left), timeout=0)
             ready += more

@@ -31,6 +31,9 @@ LONGEST_POLL = 0.5
 PROBES = 4
 """Prompts that engine and policy are compared on."""
 
+PROBE = -(1 << 62)
+"""Number of the first request that is a probe, the next ones going down: far from those of prompts, held out or not."""
+
 PROBE_TOKENS = 16
 """Longest response to each of them."""
 
@@ -393,6 +396,8 @@ class VLLMEngines:
         size, requests = len(self.prompts), self.backend.put(self._probes())
         while True:
             writing = [seat for seat in self.seats if seat.has_weights]
+            if self.config.cluster.colocate_all:
+                self.policy.call("offload")  # engines need their cache now
             calls = {seat: self.backend.call(seat.handle, "answer", requests) for seat in writing}
             found, errors = self._await("answer", calls, self.timeout, "call_timeout")
             if not errors:
@@ -400,6 +405,9 @@ class VLLMEngines:
             self._replace(errors)
             self._send()
         rollout = probe_rollout(self.prompts, [found[seat] for seat in writing])
+        if self.config.cluster.colocate_all:
+            self.sleep()
+            self.policy.call("reload")
         (logps,) = self.policy.map(
             "token_logps", rollout, gives=[TARGETS], size=self.config.rollout.micro_rollout_batch_size
         ).result()
@@ -411,7 +419,7 @@ class VLLMEngines:
         temperature = self.config.rollout.temperature
         length = min(PROBE_TOKENS, self.config.rollout.generate_max_len)
         return [
-            Request(-1 - number, prompt, number, 1, temperature, 1.0, length)
+            Request(PROBE - number, prompt, number, 1, temperature, 1.0, length)
             for number, prompt in enumerate(self.prompts)
         ]
 

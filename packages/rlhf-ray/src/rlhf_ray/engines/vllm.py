@@ -73,6 +73,7 @@ class VLLMWorker:
         self.finished: list[Answer] = []
         self.count = 0
         self.llm.update_weight_version("0")
+        self.away: set[str] = set()
         self.sleep()
         cache = self.llm.llm_engine.vllm_config.cache_config
         return {
@@ -96,6 +97,7 @@ class VLLMWorker:
         Returns:
             All requests that were answered since the last time.
         """
+        self._take("weights", "kv_cache")
         start = time.monotonic()
         for request in requests:
             self._begin(request)
@@ -113,6 +115,7 @@ class VLLMWorker:
         Returns:
             In the order of the requests, whose numbers are of no other request here.
         """
+        self._take("weights", "kv_cache")
         names = [self._begin(request) for request in requests]
         while not self.asked.keys().isdisjoint(names):
             self._step()
@@ -152,6 +155,7 @@ class VLLMWorker:
             manifest: what the policy sends, in order.
             version: updates that these weights have seen.
         """
+        self._take("weights")
         self.llm.start_weight_update()
         self.llm.update_weights({"update_info": update_info(manifest)})
         self.llm.finish_weight_update(str(version))
@@ -162,11 +166,17 @@ class VLLMWorker:
         """Make room on the GPU: weights go to the host, the cache is forgotten. Without a GPU there is nothing to make room on."""
         if self.sleeps:
             self.llm.sleep(level=1)
+            self.away = {"weights", "kv_cache"}
 
     def wake(self) -> None:
         """Take the GPU again."""
-        if self.sleeps:
-            self.llm.wake_up()
+        self._take("weights", "kv_cache")
+
+    def _take(self, *parts: str) -> None:
+        """Have the weights, or the cache, on the GPU; whatever needs them calls this."""
+        if missing := [part for part in parts if part in self.away]:
+            self.llm.wake_up(tags=missing)
+            self.away.difference_update(missing)
 
     def _begin(self, request: Request) -> str:
         """Put a request into vLLM's queue; returns its name there."""

@@ -69,7 +69,7 @@ class CriticWorker(RankWorker):
         model = config.model.model_copy(update={"pretrain": name})
         model_config = load_model_config(model, option)
         found = find_head(name, config.rewards.value_head_prefix, option)
-        scaled = config.rewards.normalize_reward and is_reward_model
+        scaled = config.rewards.normalize_reward and (is_reward_model or hasattr(model_config, "mean"))
         self.scale = Calibration.of(model_config, name) if scaled else None
         head = RewardHead(found, config.batch.seed, settle_padding(self.tokenizer))
         models = Models(model, self.strategy, ragged=self.ragged, share_prefix=self.share, head=head, lora=config.lora)
@@ -183,6 +183,8 @@ class CriticWorker(RankWorker):
         from rlhf_core.export import export
 
         self.reload()
+        if self.scale is not None:
+            self.scale.write(self.model.config)  # on which its values are, also where it starts again
         export(self.model, self.tokenizer, Path(folder), self.strategy)
 
     def offload(self) -> None:

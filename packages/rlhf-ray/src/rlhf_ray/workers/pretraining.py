@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from rlhf_core.ranks import Ranks
 
 
+def longest_sequence(config: PPOConfig) -> int:
+    """Longest prompt and response together, in tokens: what the options say, or less where the model's context ends."""
+    from rlhf_core.models.load import load_model_config
+
+    wanted = config.rollout.max_len or config.data.prompt_max_len + config.rollout.generate_max_len
+    limit = getattr(load_model_config(config.model).get_text_config(), "max_position_embeddings", None)
+    return min(wanted, limit or wanted)
+
+
 class Pretraining:
     """Text, as many samples of it for every optimizer step as that has responses.
 
@@ -35,7 +44,7 @@ class Pretraining:
     def __init__(self, config: PPOConfig, tokenizer: Any) -> None:
         self.size = config.batch.train_batch_size
         self.micro_size = config.batch.micro_train_batch_size
-        self.longest = config.rollout.max_len or config.data.prompt_max_len + config.rollout.generate_max_len
+        self.longest = longest_sequence(config)
         self.token_budget = None
         if config.batch.packing_samples:
             self.token_budget = config.batch.packing_tokens or self.micro_size * self.longest
