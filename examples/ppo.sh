@@ -32,7 +32,7 @@ rlhf train ppo \
    --actor_learning_rate 5e-5 \
    --critic_learning_rate 9e-5 \
    --init_kl_coef 0.01 \
-   --prompt_data "$QUICKSTART/questions.jsonl" \
+   --prompt_data "$QUICKSTART/questions" \
    --input_template 'Question: {}\nAnswer:' \
    --normalize_reward \
    --flash_attn \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,16 +20,18 @@ import psutil
 import pytest
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
 ]
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples/ppo.sh"
+
 TIMED = ("seconds", "samples_per_second", "tokens_per_second", "sync_seconds")
 """Figures that no two runs have in common."""
 
-SECONDS = 200
+SECONDS = 250
 """In which a run must have ended."""
 
 
@@ -141,11 +144,15 @@ def ppo(tiny: Path, prompts: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "prompt_max_len": 32, "generate_max_len": 12, "max_rollouts": 3, "num_episodes": 9, "zero_stage": 0,
             "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "start_timeout": 150, "call_timeout": 100,
         }  # fmt: skip
-        given = {f"--{name}": value for name, value in (usual | options).items() if value is not None}
-        flags = [part for flag, value in given.items() for part in ([flag] if value is True else [flag, str(value)])]
-        return [sys.executable, "-m", "rlhf_cli", "train", "ppo", *flags]
+        return [sys.executable, "-m", "rlhf_cli", "train", "ppo", *flags(**usual | options)]
 
     return make
+
+
+def flags(**options: Any) -> list[str]:
+    """Options as they are written on a command line; None leaves one out, True is a bare flag."""
+    given = {f"--{name}": value for name, value in options.items() if value is not None}
+    return [part for flag, value in given.items() for part in ([flag] if value is True else [flag, str(value)])]
 
 
 def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -172,30 +179,34 @@ def children(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @needs_vllm
 def test_the_command_of_openrlhf_s_users_runs_and_survives_the_death_of_an_engine(
-    ppo, reward_model, server, start, finish, metrics, tmp_path
+    tiny, prompts, reward_model, server, start, finish, metrics, tmp_path
 ):
-    command = ppo(
-        ref_num_nodes=1, ref_num_gpus_per_node=1, reward_num_nodes=1, reward_num_gpus_per_node=1, critic_num_nodes=1,
-        critic_num_gpus_per_node=1, actor_num_nodes=1, actor_num_gpus_per_node=1, vllm_num_engines=2,
-        vllm_tensor_parallel_size=1, colocate_critic_reward=True, colocate_actor_ref=True,
-        reward_pretrain=f"{reward_model},{reward_model}", remote_rm_url=server.url, reward_weights="1,0.5,2",
-        max_samples=20, max_epochs=1, zero_stage=3, bf16=True, init_kl_coef=0.01, input_key="context_messages",
-        apply_chat_template=True, normalize_reward=True, adam_offload=True, flash_attn=True,
-        gradient_checkpointing=True, save_value_network=True,
+    """`examples/ppo.sh` is that command. Here with everything of it, and with three sources of rewards, one of them a server."""
+    for name, place in (("sft", tiny), ("reward", reward_model), ("questions", prompts.parent)):
+        (tmp_path / name).symlink_to(place)
+    driver = start(
+        [
+            "sh", str(EXAMPLE), *flags(
+                input_key="context_messages", apply_chat_template=True, bf16=True, adam_offload=True, train_batch_size=8,
+                rollout_batch_size=16, micro_rollout_batch_size=8, num_episodes=9, max_rollouts=3, generate_max_len=12,
+                reward_pretrain="reward,reward", remote_rm_url=server.url, reward_weights="1,0.5,2",
+                save_value_network=True, start_timeout=SECONDS,
+            ),
+        ],
+        QUICKSTART=".", OUT="out", PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     )  # fmt: skip
-    driver = start(command)
-    server.at[2] = lambda: kill("vLLM engine 0", driver)
+    server.at[3] = lambda: kill("vLLM engine 0", driver)  # each rollout makes two requests
     answer = finish(driver, SECONDS)
     assert answer.code == 0, answer.out[-2000:] + answer.err[-4000:]
     rows = metrics(tmp_path / "out")
     assert [row["engine_restarts"] for row in rows] == [0, 1, 1]
     assert [row["weight_version"] for row in rows] == [1, 2, 3] and all(row["staleness_max"] == 0 for row in rows)
     assert all(row["rollout_logp_gap"] < 0.05 for row in rows), "bfloat16"
-    name = reward_model.name
-    host = server.url.removeprefix("http://")
     for row in rows:
-        parts = [row[f"reward_{part}"] for part in (f"{name}-1", f"{name}-2", host)]
-        assert row["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] + 2 * parts[2], abs=1e-4)
+        first, second, third = (
+            row[f"reward_{part}"] for part in ("reward-1", "reward-2", server.url.removeprefix("http://"))
+        )
+        assert row["reward"] == pytest.approx(first + 0.5 * second + 2 * third, abs=1e-4)
         assert "value_loss" in row and row["kl_coef"] == 0.01
     for folder, kind in (("out", "LlamaForCausalLM"), ("out_critic", "LlamaForSequenceClassification")):
         assert json.loads((tmp_path / folder / "config.json").read_text())["architectures"] == [kind]

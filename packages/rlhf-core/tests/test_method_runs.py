@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("loss", "grad_norm", "eval_loss", "learning_rate", "tokens", "epoch")
 UNTOLD = ("tokens_per_second",)
 

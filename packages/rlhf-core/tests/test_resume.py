@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from rlhf_core.checkpoint import CheckpointError, damage
 from rlhf_data.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 TIMED = {"tokens_per_second"}
 
 

@@ -506,6 +506,7 @@ def test_the_transformers_engine_writes_the_same_whatever_the_batches(run, data)
     assert len({line["output"] for line in one}) > 10
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_prompts(tiny, data, monkeypatch):
     """Five times the rows, of two kilobytes each, in the same room. The engine is one that remembers nothing."""
 

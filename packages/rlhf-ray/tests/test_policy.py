@@ -18,6 +18,8 @@ from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reference import ReferenceWorker
 from rlhf_ray.workers.step import Step
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["the old bird by the river saw a red star", "a green stone and a blue moon", "dogs and cats like the sun"]
 SAMPLES, GROUP = 8, 4
 

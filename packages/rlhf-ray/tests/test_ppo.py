@@ -21,6 +21,8 @@ from rlhf_ray.cluster.backend import LocalBackend
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.run import prepare, run
 
+pytestmark = pytest.mark.slow
+
 ARMS = "ab"
 REWARD = """
 from pathlib import Path
@@ -337,7 +339,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(options, tmp_pa
 
     def on_a_small_disk(self: Checkpoints, write: Any, number: int, state: dict[str, Any]) -> Path:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if number == 4 else soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if number == 4 else soft, hard))
         try:
             return save(self, write, number, state)
         finally:

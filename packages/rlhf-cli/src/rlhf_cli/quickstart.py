@@ -7,35 +7,24 @@ and shows what the model answers before and after, to questions it was never tra
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from rlhf_cli.quickstart_data import CHEER, cheered, is_preferred, is_right, preferences, questions
+from rlhf_cli.quickstart_answers import answers_table, compare, comparison, most_probable
+from rlhf_cli.quickstart_data import CHEER, MAX_LEN, TEMPLATE, Row, cheered, local, preferences, questions
+from rlhf_cli.quickstart_report import Done, plot, write_report
 from rlhf_data.config import Config, Count
 from rlhf_data.errors import InputError
 
 MARK = ".rlhf-quickstart"
-"""A file that says: this folder is a quickstart's, the next one may replace what is in it."""
-
-TEMPLATE = "Question: {}\nAnswer:"
-
-MAX_LEN = 64
-
-DRAWS = 8
-"""Answers that the reward model chooses from."""
+"""A file that says: this folder is a quickstart's, the next one may replace what is in it; with the options that made it."""
 
 ROLLOUTS = 16
 """Rollouts of PPO."""
-
-Rows = list[dict[str, str]]
-"""Questions, each with its right answer."""
 
 Stage = Literal["sft", "rm", "dpo", "ppo"]
 
@@ -49,6 +38,14 @@ STAGES: dict[Stage, str] = {
 
 NEEDS: dict[Stage, tuple[Stage, ...]] = {"sft": (), "rm": ("sft",), "dpo": ("sft",), "ppo": ("sft", "rm")}
 """What each stage starts from."""
+
+CURVES: dict[Stage, tuple[str, ...]] = {
+    "sft": ("loss", "grad_norm"),
+    "rm": ("loss", "accuracy"),
+    "dpo": ("loss", "accuracy"),
+    "ppo": ("reward", "kl", "response_length", "entropy"),
+}
+"""What the report draws of each stage."""
 
 
 class QuickstartConfig(Config):
@@ -94,20 +91,42 @@ def quickstart(config: QuickstartConfig) -> None:
     held_out = make_inputs(folder, config)
     seconds: dict[Stage, float] = {}
     for number, stage in enumerate(stages(config), start=2):
-        title = STAGES[stage].format(config.algorithm.upper())
-        say(f"\n{number}. {title}: the same as\n\n{command(stage, folder, config)}\n")
+        say(f"\n{number}. {title(stage, config)}: the same as\n\n{command(stage, folder, config)}\n")
         start = time.monotonic()
         train(folder, config, stage)
         seconds[stage] = time.monotonic() - start
         if stage == "sft":
             before, after = (most_probable(folder / name, held_out) for name in ("model", "sft"))
             say(answers_table(held_out, before, after))
-    compared = compare(folder, held_out, config)
-    if compared:
-        say(comparison(compared, held_out))
-    plot_losses(folder)
-    write_report(folder, config, compared, held_out, seconds)
+    ready = there(folder)
+    ways = []
+    if {"sft", "rm"} <= set(ready):
+        trained = {name: folder / stage for stage, name in names(config).items() if stage in ready}
+        ways = compare(folder / "sft", folder / "rm", trained, held_out, config.seed)
+        say(comparison(ways, held_out))
+    done = [
+        Done(title(stage, config), folder / stage, command(stage, folder, config), seconds.get(stage), CURVES[stage])
+        for stage in ready
+    ]
+    write_report(folder / "report.html", made(config, len(held_out)), ways, held_out, done)
+    plot(folder / "loss.png", done)
     say(next_steps(folder))
+
+
+def title(stage: Stage, config: QuickstartConfig) -> str:
+    return STAGES[stage].format(config.algorithm.upper())
+
+
+def names(config: QuickstartConfig) -> dict[Stage, str]:
+    """What is shown of the policies that learnt from preferences."""
+    return {"dpo": "after DPO", "ppo": f"after {config.algorithm.upper()}"}
+
+
+def made(config: QuickstartConfig, held_out: int) -> str:
+    return (
+        f"A tokenizer, a random model and {config.rows:,} questions, {held_out:,} of them held out, made from nothing "
+        f"(seed {config.seed}); and what the model learnt."
+    )
 
 
 def stages(config: QuickstartConfig) -> list[Stage]:
@@ -128,6 +147,24 @@ def prepare_folder(folder: Path, config: QuickstartConfig) -> Path:
     """A folder with nothing in it, or with an earlier quickstart, of which all goes but the stages that are skipped."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise InputError(f"--folder {folder} holds something else than an earlier quickstart: choose another folder")
+    check_skipped(folder, config)
+    for name in ("model", "questions", "pairs", *stages(config)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(json.dumps(config.model_dump(include=set(ALIKE))) + "\n")
+    return folder
+
+
+ALIKE = ("rows", "epochs", "seed", "algorithm")
+"""Options that must be those of the earlier quickstart whose stages are taken: others would hold out other questions."""
+
+
+def check_skipped(folder: Path, config: QuickstartConfig) -> None:
+    """Make sure that what is skipped is there where it is needed, and was made with the same options.
+
+    Raises:
+        InputError: it is not, or was not.
+    """
     ready = there(folder)
     for stage in stages(config):
         for needed in NEEDS[stage]:
@@ -136,19 +173,18 @@ def prepare_folder(folder: Path, config: QuickstartConfig) -> Path:
                     f"--skip {needed}: {stage} starts from it, and {folder} has none from an earlier quickstart; do not skip "
                     f"it, or skip {stage} too"
                 )
-    for name in ("model", "questions", "pairs", "ppo_critic", *stages(config)):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
-    return folder
+    kept = [stage for stage in ready if stage in config.skip]
+    earlier = json.loads((folder / MARK).read_text() or "{}") if kept else {}
+    for option in ALIKE if "ppo" in kept else ALIKE[:3] if kept else ():
+        was, now = earlier.get(option, "unknown"), getattr(config, option)
+        if was != now:
+            raise InputError(
+                f"--skip {' '.join(kept)}: {folder} was made with --{option} {was}, not {now}; give the same, or train anew "
+                "without --skip"
+            )
 
 
-def local(path: Path) -> str:
-    """A path as options take it: one that is not plainly local would be read as a Hub id."""
-    return str(path) if path.is_absolute() else f"./{path}"
-
-
-def make_inputs(folder: Path, config: QuickstartConfig) -> Rows:
+def make_inputs(folder: Path, config: QuickstartConfig) -> list[Row]:
     """Write the tokenizer, the random model, the questions and the pairs; returns the held-out questions."""
     from rlhf_core.tiny import make_model, make_tokenizer
 
@@ -166,7 +202,7 @@ def make_inputs(folder: Path, config: QuickstartConfig) -> Rows:
     return held_out
 
 
-def write(folder: Path, training: Rows, held_out: Rows) -> None:
+def write(folder: Path, training: list[Row], held_out: list[Row]) -> None:
     folder.mkdir(parents=True)
     for name, part in (("train", training), ("test", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -204,8 +240,8 @@ def ppo_options(folder: Path, config: QuickstartConfig) -> dict[str, Any]:
         "prompt_data": local(folder / "questions"), "input_key": "question", **algorithm, "init_kl_coef": 0.02,
         "actor_learning_rate": 2e-4, "rollout_batch_size": 256, "n_samples_per_prompt": 4, "max_rollouts": ROLLOUTS,
         "num_episodes": 8, "train_batch_size": 64, "micro_train_batch_size": 64, "micro_rollout_batch_size": 128,
-        "generate_max_len": 8, "prompt_max_len": MAX_LEN - 8, "zero_stage": 0, "vllm_num_engines": int(is_installed()),
-        "eval_steps": ROLLOUTS // 2, "eval_at_start": True,
+        "generate_max_len": 8, "prompt_max_len": MAX_LEN - 8, "zero_stage": 0, "colocate_all": True,
+        "vllm_num_engines": int(is_installed()), "eval_steps": ROLLOUTS // 2, "eval_at_start": True,
     }  # fmt: skip
 
 
@@ -242,226 +278,6 @@ def train(folder: Path, config: QuickstartConfig, stage: Stage = "sft") -> None:
             from rlhf_ray.run import train as train_ppo
 
             train_ppo(build(PPOConfig, given))
-
-
-def encoder_of(tokenizer: Any) -> Any:
-    from rlhf_data.encode import EncodeOptions, Encoder
-
-    return Encoder(tokenizer, EncodeOptions(max_len=MAX_LEN, input_template=TEMPLATE))
-
-
-def answer(model_folder: Path, rows: Rows, seed: int | None, count: int = 1) -> list[list[str]]:
-    """Answers of the model to each question: drawn at random, or without a seed the most probable one."""
-    from rlhf_data.rows import Pair
-    from rlhf_data.tokenizer import load_tokenizer
-    from rlhf_infer.config import SamplingConfig
-    from rlhf_infer.engines.engine import answer_all
-    from rlhf_infer.engines.transformers import TransformersEngine, load
-
-    tokenizer: Any = load_tokenizer(str(model_folder))
-    prompts = [prompt.ids for prompt in encoder_of(tokenizer).prompts([Pair(row["question"], "") for row in rows])]
-    engine = TransformersEngine(load(local(model_folder)), [tokenizer.eos_token_id], micro_batch_size=64)
-    sampling = SamplingConfig(max_new_tokens=8, best_of_n=count, greedy_sampling=seed is None)
-    return [
-        [tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in some]
-        for some in answer_all(engine, prompts, sampling, seed or 0)
-    ]
-
-
-def most_probable(model_folder: Path, rows: Rows) -> list[str]:
-    """What the model answers to each question, greedily."""
-    return [given for (given,) in answer(model_folder, rows, None)]
-
-
-def judge_of(model_folder: Path) -> Callable[[Rows, list[str]], list[float]]:
-    """A function from questions and an answer to each to the rewards of a reward model; no text gets the least."""
-    from rlhf_data.rows import Pair, RowError
-    from rlhf_infer.rewards.scorer import Answer, ScorerOptions, make_scorer, tokenizer_of
-
-    options = ScorerOptions(pretrain=local(model_folder), micro_batch_size=64)
-    scorer, encoder = make_scorer(options), encoder_of(tokenizer_of(options))
-
-    def judge(rows: Rows, answers: list[str]) -> list[float]:
-        pairs = [Pair(row["question"], given) for row, given in zip(rows, answers, strict=True)]
-        samples = {n: found[0] for n, found in enumerate(encoder.encode(pairs)) if not isinstance(found, RowError)}
-        given = scorer.score(
-            [Answer(pairs[n].prompt, pairs[n].response, sample=sample) for n, sample in samples.items()]
-        )
-        rewards = dict(zip(samples, given, strict=True))
-        return [rewards.get(n, float("-inf")) for n in range(len(pairs))]
-
-    return judge
-
-
-def answers_table(rows: Rows, before: list[str], after: list[str]) -> str:
-    """Some answers before and after, and the accuracy on all held-out questions."""
-
-    def accuracy(answers: list[str]) -> float:
-        return sum(map(is_right, rows, answers)) / len(rows)
-
-    def mark(row: dict[str, str], given: str) -> str:
-        return f"{'right' if is_right(row, given) else 'wrong'} {given!r}"
-
-    lines = ["", f"   Answers to questions that were held out ({len(rows)} of them)", ""]
-    for row, was, now in list(zip(rows, before, after, strict=True))[:6]:
-        lines += [f"   {row['question']}", f"      before  {mark(row, was)}", f"      after   {mark(row, now)}"]
-    return "\n".join([*lines, "", f"   held-out accuracy: {accuracy(before):.0%} before, {accuracy(after):.0%} after"])
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way of answering the held-out questions, and what became of it."""
-
-    name: str
-    answers: list[str]
-    reward: float
-    """Mean, by the reward model, of those that have any text."""
-    wins: float
-    """Share of comparisons with another answer of the fine-tuned model; ties count as half."""
-    preferred: float
-    """Share of answers that are right, in the preferred style."""
-    right: float
-
-
-def compare(folder: Path, rows: Rows, config: QuickstartConfig) -> list[Way]:
-    """One answer drawn from each model, and the best of several by the reward model, to the same questions."""
-    ready, seed = there(folder), config.seed
-    if "sft" not in ready or "rm" not in ready:
-        return []
-    judge = judge_of(folder / "rm")
-    several = answer(folder / "sft", rows, seed + 2, DRAWS)
-    ways = {"one answer": [some[0] for some in several], f"best of {DRAWS}": best(rows, several, judge)}
-    for stage, name in (("dpo", "after DPO"), ("ppo", f"after {config.algorithm.upper()}")):
-        if stage in ready:
-            ways[name] = [some[0] for some in answer(folder / stage, rows, seed + 2)]
-    theirs = judge(rows, [some[0] for some in answer(folder / "sft", rows, seed + 1)])
-    return [way_of(name, given, judge(rows, given), theirs, rows) for name, given in ways.items()]
-
-
-def way_of(name: str, given: list[str], rewards: list[float], theirs: list[float], rows: Rows) -> Way:
-    wins = sum((ours > other) + 0.5 * (ours == other) for ours, other in zip(rewards, theirs, strict=True))
-    said = [reward for reward in rewards if math.isfinite(reward)]
-    return Way(
-        name,
-        given,
-        sum(said) / max(1, len(said)),
-        wins / len(rows),
-        sum(map(is_preferred, rows, given)) / len(rows),
-        sum(map(is_right, rows, given)) / len(rows),
-    )
-
-
-def comparison(ways: list[Way], rows: Rows) -> str:
-    """The table of the whole pipeline, for the terminal."""
-    lines = [
-        "",
-        f"   Answers drawn at random to {len(rows)} held-out questions: one, the best of {DRAWS} by the reward model, and one",
-        "   after each way of learning from preferences; against others of the fine-tuned model",
-        "",
-    ]
-    for number, row in enumerate(rows[:4]):
-        lines += [f"   {row['question']}", *(f"      {way.name:10}  {way.answers[number]!r}" for way in ways)]
-    lines.append("")
-    lines += [
-        f"   {way.name:10}  wins {way.wins:4.0%} by the reward model;  reward {way.reward:5.2f};  "
-        f"{way.preferred:4.0%} right with a {CHEER},  {way.right:4.0%} right"
-        for way in ways
-    ]
-    return "\n".join(lines)
-
-
-def best(rows: Rows, several: list[list[str]], judge: Callable[[Rows, list[str]], list[float]]) -> list[str]:
-    """Of as many answers to each question, the one that is judged best."""
-    rewards = iter(judge([row for row in rows for _ in several[0]], [given for some in several for given in some]))
-    return [max((next(rewards), -n, given) for n, given in enumerate(some))[2] for some in several]
-
-
-def write_report(
-    folder: Path, config: QuickstartConfig, ways: list[Way], rows: Rows, seconds: dict[Stage, float]
-) -> None:
-    """What happened, as one page: `report.html`."""
-    from rlhf_core.html import page, section, table, tag
-    from rlhf_core.metrics import environment
-    from rlhf_core.report import charts, columns, rows_of, settings_table, write_page
-
-    titles = {stage: title.format(config.algorithm.upper()) for stage, title in STAGES.items()}
-    parts = [
-        tag("p", "A tiny model, made from nothing, and what it learnt on the way.", class_="soft"),
-        section(
-            "Before and after",
-            tag("p", f"Answers drawn at random to {len(rows)} questions that were held out.", class_="soft"),
-            table(
-                ("", "reward", "wins", f"right with a {CHEER}", "right"),
-                (
-                    (way.name, f"{way.reward:.2f}", f"{way.wins:.0%}", f"{way.preferred:.0%}", f"{way.right:.0%}")
-                    for way in ways
-                ),
-            ),
-        ),
-        section(
-            "Answers",
-            table(
-                ("question", *(way.name for way in ways)),
-                ((row["question"], *(way.answers[n] for way in ways)) for n, row in enumerate(rows[:8])),
-                numbers=False,
-            ),
-        ),
-    ]
-    for stage in there(folder):
-        drawn = charts(list(rows_of(folder / stage / "run/metrics.jsonl")), CURVES[stage])
-        took = f"Took {seconds[stage]:.0f} s." if stage in seconds else "From an earlier quickstart."
-        parts.append(
-            section(
-                titles[stage],
-                tag("p", took, class_="soft"),
-                tag("pre", command(stage, folder, config)),
-                columns(*drawn.values()),
-            )
-        )
-    parts.append(settings_table("Versions", environment()))
-    write_page(folder / "report.html", page("rlhf quickstart", *(parts if ways else [parts[0], *parts[3:]])))
-
-
-CURVES: dict[Stage, tuple[str, ...]] = {
-    "sft": ("loss", "grad_norm"),
-    "rm": ("loss", "accuracy"),
-    "dpo": ("loss", "accuracy"),
-    "ppo": ("reward", "kl", "response_length", "entropy"),
-}
-"""What of each stage is drawn in the report."""
-
-
-def plot_losses(folder: Path) -> None:
-    """The curves of the runs as `loss.png`: losses, and for PPO the reward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn = [stage for stage in PANELS if stage in there(folder)]
-    if not drawn:
-        return
-    figure, panels = pyplot.subplots(1, len(drawn), figsize=(4.7 * len(drawn), 4), layout="constrained", squeeze=False)
-    for axes, stage in zip(panels[0], drawn, strict=True):
-        key, title = PANELS[stage]
-        rows = [json.loads(line) for line in (folder / stage / "run/metrics.jsonl").read_text().splitlines()]
-        for name, label, style in ((key, "training", "-"), (f"eval_{key}", "held out", "o-")):
-            found = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*found, strict=True), style, label=label)
-        axes.set(xlabel="optimizer step", ylabel=key, title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
-
-
-PANELS: dict[Stage, tuple[str, str]] = {
-    "sft": ("loss", "fine-tuning (nats per token)"),
-    "rm": ("loss", "reward model (nats per pair)"),
-    "dpo": ("loss", "DPO (nats per pair)"),
-    "ppo": ("reward", "PPO (normalised reward)"),
-}
-"""What of each stage is drawn in `loss.png`."""
 
 
 def next_steps(folder: Path) -> str:

@@ -246,9 +246,9 @@ def choose(
         taken = on_gpus(devices, {node: node.has(free=free)[1] for node in nodes})
     else:
         taken = on_cpus(devices, Counter(hosts.values()), cpus)
-    if taken is None or not cpus:
+    if taken is None or (not cpus and (not has_gpus or len(devices) < len(sites))):
         return None
-    driver = [next(iter(cpus))]  # functions run where their file is
+    driver = list(cpus)[:1]  # functions run where their file is
     return {role.name: [node for node in taken.get(role.name, driver) for _ in range(role.per_node)] for role in sites}
 
 

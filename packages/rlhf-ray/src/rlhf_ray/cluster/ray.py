@@ -400,10 +400,11 @@ def start_own() -> Callable[[], None]:
 
 def forget_token() -> None:
     """Have Ray look at its environment again: it does so when it is imported, and remembers the token that it has used."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray import _raylet
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    compiled: Any = _raylet
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def initialise(address: str, **options: Any) -> Callable[[], None]:

@@ -140,7 +140,8 @@ class CriticWorker(RankWorker):
         from rlhf_ray.collate import collate_part
 
         batch = collate_part(part, share=self.share, columns=COLUMNS).to(self.strategy.device)
-        mask, old, returns = (batch.columns[name] for name in COLUMNS)
+        mask = batch.columns["mask"]
+        old, returns = (batch.columns[name].where(mask, 0) for name in ("values", "returns"))  # 0 · NaN is NaN
         values, _ = self.values_of(batch)
         clip, tokens = self.config.ppo.value_clip, mask.sum()
         loss = masked_sum(clipped_value_loss(values, old, returns, clip), mask)
