@@ -2,7 +2,7 @@
 # PPO on Ray with vLLM engines, as OpenRLHF's users launch it, on what `rlhf quickstart` left: a fine-tuned model, a reward
 # model and prompts. `ray job submit -- sh examples/ppo.sh` runs it on a cluster. Further options are passed on.
 set -e
-: "${QUICKSTART:=quickstart}" "${OUT:=quickstart/examples/ppo}"
+: "${QUICKSTART:=./quickstart}" "${OUT:=./quickstart/examples/ppo}"
 
 rlhf train ppo \
    --ref_num_nodes 1 \
@@ -18,7 +18,7 @@ rlhf train ppo \
    --colocate_critic_reward \
    --colocate_actor_ref \
    --pretrain "$QUICKSTART/sft" \
-   --reward_pretrain "$QUICKSTART/reward" \
+   --reward_pretrain "$QUICKSTART/rm" \
    --save_path "$OUT" \
    --micro_train_batch_size 8 \
    --train_batch_size 16 \
