@@ -101,7 +101,13 @@ def test_every_logged_metric_is_explained(method, options, expected, sft, train,
     "given",
     [
         {"advantage_estimator": "gae", "pretrain_data": "text.jsonl", "n_samples_per_prompt": 1, "importance_cap": 2.0},
-        {"advantage_estimator": "grpo", "use_kl_loss": True, "overlong_buffer_len": 2, "eval_ratio": 0.5, "save_steps": 1},
+        {
+            "advantage_estimator": "grpo",
+            "use_kl_loss": True,
+            "overlong_buffer_len": 2,
+            "eval_ratio": 0.5,
+            "save_steps": 1,
+        },
     ],
     ids=["critic", "groups"],
 )

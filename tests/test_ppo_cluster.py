@@ -71,10 +71,10 @@ class Rank:
         if self.rank == self.world_size - 1:
             raise error(*said)
 
-    def die(self, how: int) -> None:
+    def die(self) -> None:
         """Rank 1 is killed; the others hear nothing more of anybody."""
         if self.rank == 1:
-            os.kill(os.getpid(), how)
+            os.kill(os.getpid(), signal.SIGKILL)
         threading.Event().wait()
 
 
@@ -106,6 +106,12 @@ def own_ray() -> Iterator[RayBackend]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     with connect(ClusterConfig(ray_address="local", start_timeout=60)) as backend:
         yield backend
+
+
+@pytest.fixture(scope="module")
+def policy(own_ray: RayBackend) -> WorkerGroup:
+    """Two ranks that live as long as the Ray."""
+    return start_group(own_ray, "policy", Rank, [Place()] * 2, timeout=60)[0]
 
 
 @pytest.fixture
@@ -141,29 +147,27 @@ def test_the_processes_of_a_plan_share_the_cpus_and_get_their_environment(own_ra
     policy, meeting = roles["policy"]
     assert meeting == ("rank 0", answers[0][0][1]) and roles["reward f"][1] is None
     assert [result.tolist() for result in policy.call("double", np.arange(3))] == [[0, 2, 4]] * 2
-    (left,) = own_ray.nodes()
-    assert left.free_cpus is not None and 0 <= left.free_cpus < 0.01
-    own_ray.timeout = 1
+    own_ray.timeout = 0.5
     with pytest.raises(
-        RunError, match=r"(?s)\(--start_timeout\); free are: .* of 0 GPUs.*CPU.*ray status.*\n  policy +2 proc"
+        RunError, match=r"(?s)\(--start_timeout\); free are: .* CPU.*ray status.*\n  policy +2 processes"
     ):
         own_ray.reserve(made)
-    own_ray.timeout = 60
 
 
-def test_errors_of_a_worker_are_its_own(start, own_ray: RayBackend):
-    policy = start(2)
+def test_errors_of_a_worker_are_its_own(policy: WorkerGroup):
     with pytest.raises(InputError, match=r"^--pretrain: no$") as caught:
         policy.call("fail", InputError, "--pretrain: no")
-    assert "in fail" in str(caught.value.__cause__) or "in fail" in str(caught.value.__cause__.__cause__)
+    assert "in fail" in str(caught.value.__cause__)  # where it was raised
     with pytest.raises(RunError, match=r"^the policy, rank 1, `fail`: the disk is full$"):
         policy.call("fail", RunError, "the disk is full")
     with pytest.raises(RunError, match=r"^the policy, rank 1, `fail`: ValueError: what \? is this$"):
         policy.call("fail", ValueError, "what ? is\nthis")
     with pytest.raises(RunError, match=r"^the policy, rank 1, `fail`: Awkward: one other$"):
         policy.call("fail", Awkward, "one", "other")
-    with pytest.raises(RunError, match=r"rank 0, `nothing`: AttributeError: 'Rank' object has no attribute 'nothing'"):
-        start(1).call("nothing")
+    with pytest.raises(
+        RunError, match=r"rank [01], `nothing`: AttributeError: 'Rank' object has no attribute 'nothing'"
+    ):
+        policy.call("nothing")
     assert [rank for rank, *_ in policy.call("look")] == [0, 1]
 
 
@@ -172,12 +176,10 @@ def test_a_worker_that_cannot_be_made_says_why(start):
         start(1, Broken).call("look")
 
 
-@pytest.mark.parametrize(("how", "cause"), [(signal.SIGKILL, "killed"), (signal.SIGSEGV, "crashed")])
-def test_the_death_of_a_worker_ends_the_wait_and_names_it(start, own_ray: RayBackend, how: signal.Signals, cause: str):
+def test_the_death_of_a_worker_ends_the_wait_and_names_it(start, own_ray: RayBackend):
     critic = start(2, role="critic")
-    call = critic.start("die", how)
-    with pytest.raises(RunError, match=rf"^the critic, rank 1, `die`: its process .*{cause}") as caught:
-        call.result()
+    with pytest.raises(RunError, match=r"^the critic, rank 1, `die`: its process was killed") as caught:
+        critic.call("die")
     assert isinstance(caught.value.__cause__, WorkerDied) and "\n" not in str(caught.value)
     with pytest.raises(WorkerDied):
         own_ray.result(own_ray.call(critic.handles[1], "look"))
@@ -185,22 +187,20 @@ def test_the_death_of_a_worker_ends_the_wait_and_names_it(start, own_ray: RayBac
 
 def test_a_worker_that_does_not_answer_is_named(start):
     with pytest.raises(RunError, match=r"the reference did not answer: `die` of rank 0 has taken more than 0.2 s"):
-        start(1, role="reference", timeout=0.2).call("die", 0)
+        start(1, role="reference", timeout=0.2).call("die")
 
 
-def test_all_calls_that_have_ended_are_found_at_once(start, own_ray: RayBackend):
-    (rank,), (silent,) = start(1).handles, start(1).handles
-    calls = [own_ray.call(rank, "double", n) for n in range(5)]
-    waiting = own_ray.call(silent, "die", 0)
-    own_ray.result(calls[-1])  # a worker runs its calls in turn: all of them have ended
-    assert set(own_ray.wait([waiting, *calls], 60)) == set(calls)
+def test_all_calls_that_have_ended_are_found_at_once(start, policy: WorkerGroup, own_ray: RayBackend):
+    calls = [own_ray.call(policy.handles[0], "double", n) for n in range(5)]
     assert [own_ray.result(call) for call in calls] == [0, 2, 4, 6, 8]
-    assert own_ray.wait([waiting], 0) == []
+    waiting = own_ray.call(start(1).handles[0], "die")
+    assert set(own_ray.wait([waiting, *calls], 60)) == set(calls)
+    assert own_ray.wait([waiting], 0) == [] == own_ray.wait([], 60)
 
 
-def test_what_several_calls_get_is_handed_over_once(start, own_ray: RayBackend):
+def test_what_several_calls_get_is_handed_over_once(policy: WorkerGroup, own_ray: RayBackend):
     values = own_ray.put(np.arange(100_000))
-    assert [result.sum() for result in start(2).call("double", values)] == [9_999_900_000] * 2
+    assert [result.sum() for result in policy.call("double", values)] == [9_999_900_000] * 2
 
 
 @pytest.mark.parametrize(
@@ -218,18 +218,6 @@ def test_what_several_calls_get_is_handed_over_once(start, own_ray: RayBackend):
 )
 def test_why_a_process_is_gone_is_said_in_one_line(said: str, cause: str):
     assert cause in cause_of_death(said) and "\n" not in cause_of_death(said)
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("127.0.0.1:1", r"^--ray_address 127.0.0.1:1: no Ray cluster answers .*ray start --head"),
-        ("ray://127.0.0.1:10001", r"^--ray_address ray://127.0.0.1:10001: a run is driven from a node of its cluster"),
-    ],
-)
-def test_a_cluster_that_cannot_be_joined_is_named_with_the_way_out(address: str, message: str):
-    with pytest.raises(InputError, match=message):
-        connect(ClusterConfig(ray_address=address))
 
 
 def test_a_driver_that_is_told_to_end_takes_its_ray_with_it():

@@ -92,7 +92,8 @@ print("RESULT", json.dumps(found))
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A policy and a reward model that the quickstart trained, prompts, and samples to judge."""
-    from rlhf_cli.quickstart import MAX_LEN, QuickstartConfig, encoder_of, make_inputs, train
+    from rlhf_cli.quickstart import MAX_LEN, QuickstartConfig, make_inputs, train
+    from rlhf_cli.quickstart_answers import encoder_of
     from rlhf_data.rows import Pair
     from rlhf_data.tokenizer import load_tokenizer
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from rlhf_ray.engines.policy import PolicyEngines
 from rlhf_ray.engines.pool import WINDOW, VLLMEngines
 from rlhf_ray.engines.request import Answer, Request, Response
 from rlhf_ray.engines.transfer import Described, WeightSender, broadcast, buckets, fill, join, read, sync_backend
+from rlhf_ray.engines.vllm import VLLMWorker
 
 PROMPTS = [np.arange(3, 3 + length, dtype=np.int32) for length in (4, 7, 5, 6)]
 
@@ -48,6 +51,7 @@ class Policy:
     def __init__(self) -> None:
         self.weights, self.groups = 0, 0
         self.failing: Exception | None = None
+        self.happened: list[str] = []
 
     def open_sync(self, world_size: int) -> tuple[str, int]:
         self.groups += 1
@@ -61,7 +65,14 @@ class Policy:
     def send_weights(self) -> dict[str, float]:
         if self.failing:
             raise self.failing
+        self.happened.append("send")
         return {"sync_bytes": 4.0}
+
+    def offload(self) -> None:
+        self.happened.append("offload")
+
+    def reload(self) -> None:
+        self.happened.append("reload")
 
     def token_logps(self, parts: list[Part]) -> list[tuple[np.ndarray]]:
         responses = [np.concatenate([part.batch.response(k) for k in range(len(part.batch))]) for part in parts]
@@ -104,6 +115,7 @@ class Writer:
         self.weights, self.version = self.policy.weights, version
 
     def poll(self, requests: Sequence[Request], least: float, most: float) -> list[Answer]:
+        self.policy.happened.append("poll")
         self.waiting += requests
         self.polls.append(sum(request.n for request in self.waiting))
         self.maybe("poll")
@@ -122,6 +134,7 @@ class Writer:
         return request.number, tuple(responses)
 
     def sleep(self) -> None:
+        self.policy.happened.append("sleep")
         self.maybe("sleep")
 
     def wake(self) -> None:
@@ -259,6 +272,15 @@ def test_an_only_engine_that_dies_writes_on_after_it_was_started_anew() -> None:
     run = started(vllm_num_engines=1)
     run.writers[0].fail("poll", RuntimeError("illegal memory access"))
     assert run.answers(make_requests(5)) == started().answers(make_requests(5))
+
+
+def test_on_shared_devices_a_new_engine_gets_weights_while_engines_sleep_and_writes_when_the_policy_has_gone() -> None:
+    run = Run(vllm_num_engines=1, check_sync_steps=0)
+    run.engines.config = run.config.model_copy(update={"cluster": ClusterConfig(colocate_all=True)})
+    run.begin()
+    run.writers[0].fail("poll", WorkerDied("killed"))
+    assert run.answers(make_requests(1)) == started().answers(make_requests(1))
+    assert run.policy.happened == ["send", "poll", "sleep", "send", "offload", "poll"]
 
 
 def test_engines_that_die_while_the_policy_trains_get_weights_with_the_next_update() -> None:
@@ -495,6 +517,61 @@ def test_too_few_or_too_many_weights_are_an_error(change: slice) -> None:
     extra = weights[change] + ([] if change.stop else [("more", torch.zeros(1))])
     with pytest.raises(RunError, match="the policy's weights have changed"):
         sender.send(iter(extra))
+
+
+class LLM:
+    """A vLLM that notes what it is told."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.calls = arguments, list[Any]()
+        cache = SimpleNamespace(num_gpu_blocks=1, block_size=16, enable_prefix_caching=False)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.calls.append((name, *args, kwargs) if kwargs else (name, *args))
+
+
+def set_up(patch: pytest.MonkeyPatch, *, gpu: bool, config: PPOConfig) -> tuple[VLLMWorker, LLM]:
+    """An engine with a stand-in for vLLM, on a GPU or not."""
+    patch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, __version__="0"))
+    patch.setattr("rlhf_ray.engines.vllm.check", lambda config: None)
+    patch.setattr("rlhf_ray.engines.vllm.register", lambda: None)
+    patch.setattr("torch.cuda.is_available", lambda: gpu)
+    patch.setattr("os.environ", {})
+    worker = VLLMWorker()
+    worker.setup(config, [1], 64)
+    return worker, worker.llm
+
+
+def test_an_engine_starts_its_own_parts_when_a_model_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, wanted in ((1, None), (2, "mp")):
+        _, llm = set_up(monkeypatch, gpu=False, config=make_config(vllm_tensor_parallel_size=size))
+        assert llm.arguments["tensor_parallel_size"] == size
+        assert llm.arguments["distributed_executor_backend"] == wanted, "not Ray, though it is an actor"
+
+
+def test_a_shared_gpu_is_left_with_responses_unfinished_and_taken_as_far_as_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config().model_copy(update={"cluster": ClusterConfig(colocate_all=True)})
+    worker, llm = set_up(monkeypatch, gpu=True, config=config)
+    assert llm.arguments["enable_sleep_mode"] and llm.arguments["weight_transfer_config"] == {"backend": "gloo"}
+    assert llm.calls[-1] == ("sleep", {"level": 1, "mode": "keep"})
+    llm.calls.clear()
+    worker.update([], 1)
+    worker.poll([])
+    assert [call for call in llm.calls if call[0] == "wake_up"] == [
+        ("wake_up", {"tags": ["weights"]}),
+        ("wake_up", {"tags": ["kv_cache"]}),
+    ]
+
+
+def test_without_a_gpu_there_is_nothing_to_sleep_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config().model_copy(update={"cluster": ClusterConfig(colocate_all=True)})
+    worker, llm = set_up(monkeypatch, gpu=False, config=config)
+    worker.sleep()
+    worker.wake()
+    assert [call for call in llm.calls if call[0] in ("sleep", "wake_up")] == []
 
 
 def test_without_vllm_the_ranks_of_the_policy_share_requests_and_their_answers_come_together() -> None:

@@ -94,6 +94,18 @@ def test_gae_is_that_of_a_plain_loop(truncated, in_loss):
         assert of_responses(made, made.returns)[n] == pytest.approx(returns, abs=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["gae", "reinforce"])
+def test_how_many_responses_are_taken_through_time_at_once_changes_nothing(estimator, monkeypatch):
+    config = options(estimator, gamma=0.9, truncated_responses="mask")
+    whole, _ = make_experience(judged(), config, 0.3)
+    monkeypatch.setattr("rlhf_ray.experience.AT_ONCE", 16)
+    parts, _ = make_experience(judged(), config, 0.3)
+    assert parts.advantages == pytest.approx(whole.advantages, abs=1e-6)
+    assert (parts.returns is None) == (estimator == "reinforce")
+    if parts.returns is not None:
+        assert parts.returns == pytest.approx(whole.returns, abs=1e-6)
+
+
 def test_advantages_of_gae_are_whitened_over_all_tokens_and_returns_are_not():
     raw, _ = make_experience(judged(), options(normalize_advantages=False), 0.1)
     white, figures = make_experience(judged(), options(), 0.1)

@@ -10,8 +10,8 @@ import pytest
 from rlhf_data.errors import InputError
 from rlhf_ray.cluster.backend import Place
 from rlhf_ray.cluster.placement import Node, Plan, Slot, plan, this_machine
-from rlhf_ray.cluster.ray import place_of
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.cluster.ray import connect, place_of
+from rlhf_ray.config import ClusterConfig, PPOConfig
 from rlhf_ray.rewards import Source
 
 SIZED = ("actor", "ref", "critic", "reward")
@@ -267,3 +267,24 @@ def test_a_plan_that_cannot_be_names_the_options_that_ask_for_it(config: PPOConf
 def test_this_machine_is_a_cluster_of_one_node():
     (node,) = this_machine()
     assert node.cpus >= 1
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "127.0.0.1:1",
+            r"127.0.0.1:1: no Ray cluster answers \(.*refused\); start one with `ray start --head`, or give",
+        ),
+        ("nowhere", r"nowhere: no Ray cluster answers .*; start one with `ray start --head`, or give"),
+        ("ray://127.0.0.1:10001", r"ray://127.0.0.1:10001: a run is driven from a node of its cluster: start it there"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_named_with_the_way_out(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(InputError, match=f"^--ray_address {message}"):
+        connect(ClusterConfig(ray_address=address))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(InputError, match=f"^RAY_ADDRESS={message}"):
+        connect(ClusterConfig())

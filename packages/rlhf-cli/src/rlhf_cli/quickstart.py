@@ -92,6 +92,8 @@ def quickstart(config: QuickstartConfig) -> None:
     seconds: dict[Stage, float] = {}
     for number, stage in enumerate(stages(config), start=2):
         say(f"\n{number}. {title(stage, config)}: the same as\n\n{command(stage, folder, config)}\n")
+        if stage == "ppo" and not options(stage, folder, config)["vllm_num_engines"]:
+            say("   vLLM is not installed: the policy writes its responses itself, with transformers\n")
         start = time.monotonic()
         train(folder, config, stage)
         seconds[stage] = time.monotonic() - start

@@ -74,12 +74,10 @@ def progress(rows: list[Row]) -> str:
     """How far the run came."""
     if not rows:
         return "Nothing has been logged yet."
-    reached = {name: max((row[name] for row in rows if name in row), default=None) for name in ("step", "rollout")}
-    counted = [f"{value:,} {unit}s" for (name, value), unit in zip(reached.items(), UNITS, strict=True) if value]
+    units = {"step": "optimizer step", "rollout": "rollout"}
+    reached = {unit: max((row[name] for row in rows if name in row), default=0) for name, unit in units.items()}
+    counted = [f"{count:,} {unit}{'s' * (count != 1)}" for unit, count in reached.items() if count]
     return f"{' of '.join(counted)}." if counted else "Before the first step."
-
-
-UNITS = ("optimizer step", "rollout")
 
 
 def metric_lines(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:

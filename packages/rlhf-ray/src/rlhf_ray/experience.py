@@ -5,15 +5,17 @@ Shapes: N responses, M tokens of responses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rlhf_losses import (
+    discounted_returns,
     explained_variance,
     gae,
     group_centred,
@@ -23,13 +25,15 @@ from rlhf_losses import (
     leave_one_out,
     masked_moments,
     masked_whiten,
-    reinforce_plus_plus,
     reinforce_plus_plus_baseline,
 )
 from rlhf_ray.config import GROUPED, PPOConfig
-from rlhf_ray.rollout import Experience, Rollout
+from rlhf_ray.rollout import Experience, Rollout, offsets, put, take
 
 Figures = dict[str, float]
+
+AT_ONCE = 2**22
+"""Most tokens, padding included, that are taken through time at once: some hundred megabytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +113,7 @@ def make_experience(judged: Judged, config: PPOConfig, kl_coef: float) -> tuple[
     if options.advantage_estimator in GROUPED:
         advantages, returns = rollout.per_target(compared(shaped, rollout.groups, kept, config)), None
     else:
-        advantages, returns = over_time(judged, scores, paid, mask, config, kl_coef)
+        advantages, returns = over_time(judged, scores, paid, config, kl_coef)
     if whitens(config):
         advantages = masked_whiten(tensor(advantages), tensor(mask)).numpy()
     experience = Experience.of(
@@ -126,9 +130,12 @@ def make_experience(judged: Judged, config: PPOConfig, kl_coef: float) -> tuple[
 
 
 def whitens(config: PPOConfig) -> bool:
-    """Whether advantages are whitened here: by default those of GAE."""
+    """Whether advantages of tokens are whitened: always those of REINFORCE++, which are then complete (Hu et al. 2025, eq. 8,
+    arXiv:2501.03262), and by default those of GAE.
+    """
     wanted = config.experience.normalize_advantages
-    return config.needs_critic if wanted is None else wanted
+    by_default = config.experience.advantage_estimator in ("gae", "reinforce")
+    return by_default if wanted is None else wanted
 
 
 def divergence(judged: Judged, config: PPOConfig) -> NDArray[np.float32] | None:
@@ -164,30 +171,58 @@ def compared(
 
 
 def over_time(
-    judged: Judged,
-    scores: NDArray[np.float32],
-    kl: NDArray[np.float32],
-    mask: NDArray[np.bool_],
-    config: PPOConfig,
-    kl_coef: float,
+    judged: Judged, scores: NDArray[np.float32], kl: NDArray[np.float32], config: PPOConfig, kl_coef: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Advantages and, with a critic, returns of every token, from rewards of tokens, `[M]` each."""
+    """Advantages, for `reinforce` not yet whitened, and with a critic returns of every token, from rewards of tokens, `[M]` each."""
     rollout, options = judged.rollout, config.experience
-    bounds = tensor(rollout.target_bounds)
-    rewards = kl_penalised_rewards(tensor(kl), tensor(scores), kl_coef, cu_seqlens=bounds)
+
+    def discounted(bounds: Tensor, kl: Tensor, scores: Tensor) -> tuple[Tensor]:
+        rewards = kl_penalised_rewards(kl, scores, kl_coef, cu_seqlens=bounds)
+        return (discounted_returns(rewards, gamma=options.gamma, cu_seqlens=bounds),)
+
+    def estimated(bounds: Tensor, kl: Tensor, values: Tensor, scores: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        rewards = kl_penalised_rewards(kl, scores, kl_coef, cu_seqlens=bounds)
+        gamma, lambda_ = options.gamma, options.lambd
+        return gae(rewards, values, gamma=gamma, lambda_=lambda_, cu_seqlens=bounds, bootstrap=after)
+
     if options.advantage_estimator == "reinforce":
-        return reinforce_plus_plus(rewards, gamma=options.gamma, mask=tensor(mask), cu_seqlens=bounds).numpy(), None
+        (advantages,) = by_length(rollout, discounted, tokens=[kl], responses=[scores])
+        return advantages, None
     assert judged.values is not None and judged.after is not None
     cut = rollout.truncated & (options.truncated_responses == "bootstrap")
-    advantages, returns = gae(
-        rewards,
-        tensor(judged.values),
-        gamma=options.gamma,
-        lambda_=options.lambd,
-        cu_seqlens=bounds,
-        bootstrap=tensor(np.where(cut, judged.after, 0).astype(np.float32)),
-    )
-    return advantages.numpy(), returns.numpy()
+    after = np.where(cut, judged.after, 0).astype(np.float32)
+    advantages, returns = by_length(rollout, estimated, tokens=[kl, judged.values], responses=[scores, after])
+    return advantages, returns
+
+
+def by_length(
+    rollout: Rollout,
+    compute: Callable[..., Sequence[Tensor]],
+    *,
+    tokens: Sequence[NDArray[Any]],
+    responses: Sequence[NDArray[Any]],
+) -> list[NDArray[Any]]:
+    """Compute something of every response, at one time of those that are about as long: what runs over time pads them.
+
+    Args:
+        rollout: the responses.
+        compute: takes where each of some responses starts, and the end, then their `tokens` and their `responses`; returns
+            values of tokens.
+        tokens: values of tokens, `[M]` each.
+        responses: values of responses, `[N]` each.
+
+    Returns:
+        What `compute` does, of all responses, `[M]` each.
+    """
+    bounds, lengths = rollout.target_bounds, rollout.response_lengths
+    shortest_first = np.argsort(lengths, kind="stable")
+    pieces = -(-len(rollout) * int(lengths.max()) // AT_ONCE)
+    found = []
+    for places in np.array_split(shortest_first, pieces):
+        own = [tensor(take(values, bounds, places)) for values in tokens]
+        own += [tensor(values[places]) for values in responses]
+        found.append(compute(tensor(offsets(lengths[places])), *own))
+    return [put(torch.cat(parts).numpy(), bounds, shortest_first) for parts in zip(*found, strict=True)]
 
 
 def figures_of(
@@ -240,6 +275,6 @@ def means_of(parts: Mapping[str, NDArray[Any]]) -> Figures:
     return {f"reward_{name}": float(np.nanmean(values)) for name, values in parts.items() if not np.isnan(values).all()}
 
 
-def tensor(values: NDArray[Any]) -> torch.Tensor:
+def tensor(values: NDArray[Any]) -> Tensor:
     """The same memory as a tensor; what Ray hands over cannot be written, and nothing here writes."""
     return torch.from_numpy(values if values.flags.writeable else values.copy())

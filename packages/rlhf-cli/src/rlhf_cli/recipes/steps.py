@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
-from rlhf_cli.quickstart import local
+from rlhf_cli.quickstart_data import local
 from rlhf_cli.recipes.config import ConditionalSFTConfig, IterativeDPOConfig, RecipeConfig, RejectionSamplingConfig
 from rlhf_core.config import REFERENCE_FREE, DPOConfig, MergeConfig, SFTConfig
 from rlhf_data.config import Config, InferenceDataConfig, ResponseDataConfig

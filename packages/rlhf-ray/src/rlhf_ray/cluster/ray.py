@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -30,12 +31,17 @@ OWN = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_gcs_rpc_server_connect_timeout_s": "60",
 }
-"""Environment of a Ray of our own: it reports nothing, takes orders from this run only, and listens on this machine only (the
-variable that says so is named after the systems where that is usual)."""
+"""Environment of a Ray of our own: it reports nothing, takes orders from this run only, listens on this machine only (the
+variable that says so is named after the systems where that is usual), and may take longer than 5 seconds to start, as it does
+where all cores are busy."""
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which a launcher that has started Ray would tell torch of ranks that are none of ours."""
+
+ANSWER = 10.0
+"""Seconds in which a cluster must answer at its address."""
 
 LEAST_STORE = 200_000_000
 """Bytes of the object store of a Ray of our own, at least."""
@@ -361,9 +367,13 @@ def join(address: str, given: str) -> Callable[[], None]:
             f"{given}: a run is driven from a node of its cluster: start it there with --ray_address auto, or with `ray job "
             "submit`"
         )
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
     try:
+        host, _, port = canonicalize_bootstrap_address_or_die(address).rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()  # Ray would try for minutes
         return initialise(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{given}: no Ray cluster answers ({one_line(error)[:300]}); start one with `ray start --head`, or "
             "give --ray_address local for a Ray of this run's own"

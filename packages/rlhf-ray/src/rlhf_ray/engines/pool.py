@@ -174,6 +174,7 @@ class VLLMEngines:
         every = self.config.engines.check_sync_steps
         if every and (self.syncs == 1 or (every > 0 and self.syncs % every == 0)):
             figures["sync_logp_gap"] = self._compare()
+        self._hand_out()
         return figures
 
     def figures(self) -> dict[str, float]:
@@ -313,11 +314,15 @@ class VLLMEngines:
 
     def _admit(self) -> None:
         """Give weights to engines that have been started anew; the policy has nothing else to do while the driver waits."""
+        shared = self.config.cluster.colocate_all
+        if shared:
+            self.sleep()  # weights come from the policy, which needs the devices for that
         self._send()
         if self.config.engines.check_sync_steps:
             self._compare()
-        if self.config.cluster.colocate_all:
+        if shared:
             self.policy.call("offload")
+        self._hand_out()
 
     # Weights
 
@@ -337,7 +342,6 @@ class VLLMEngines:
                 if not errors:
                     for seat in members:
                         seat.has_weights = True
-                    self._hand_out()
                     return float(sent[0]["sync_bytes"])
             self._replace(errors)
 

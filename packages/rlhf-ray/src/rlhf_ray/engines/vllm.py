@@ -43,10 +43,12 @@ class VLLMWorker:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         has_gpu = torch.cuda.is_available()
         set_environment(has_gpu, memory_given=False)
+        engines, is_split = config.engines, config.engines.vllm_tensor_parallel_size > 1
+        if is_split and not has_gpu:  # else vLLM wants a NUMA node for each part
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
 
         register()
-        engines = config.engines
         options = InferenceConfig(
             tp_size=engines.vllm_tensor_parallel_size,
             max_num_seqs=engines.max_num_seqs,
@@ -59,6 +61,8 @@ class VLLMWorker:
             "logprobs_mode": logprobs_mode(config),
             "enforce_eager": engines.enforce_eager or not has_gpu,
             "enable_sleep_mode": self.sleeps,
+            # in a placement group vLLM would have Ray start its parts, which gives them devices of their own
+            "distributed_executor_backend": "mp" if is_split else None,
             "weight_transfer_config": {"backend": self.backend},
         }
         try:
@@ -163,9 +167,12 @@ class VLLMWorker:
             self.llm.reset_prefix_cache(reset_running_requests=True)
 
     def sleep(self) -> None:
-        """Make room on the GPU: weights go to the host, the cache is forgotten. Without a GPU there is nothing to make room on."""
+        """Make room on the GPU: weights go to the host, the cache is forgotten, and responses that are being written go on later.
+
+        Without a GPU there is nothing to make room on.
+        """
         if self.sleeps:
-            self.llm.sleep(level=1)
+            self.llm.sleep(level=1, mode="keep")
             self.away = {"weights", "kv_cache"}
 
     def wake(self) -> None:
