@@ -39,10 +39,9 @@ REWARD = """def reward(responses):
 
 def ours(options: argparse.Namespace, engines: int) -> dict[str, Any]:
     """Train with ours; samples per second, and the seconds of each phase of a step."""
-    from rlhf_ray.run import train
-
     from rlhf_data.options import build
     from rlhf_ray.config import PPOConfig
+    from rlhf_ray.run import train
 
     with tempfile.TemporaryDirectory() as folder:
         reward = Path(folder) / "reward.py"
@@ -52,9 +51,10 @@ def ours(options: argparse.Namespace, engines: int) -> dict[str, Any]:
             "vllm_num_engines": engines, "rollout_batch_size": RESPONSES, "train_batch_size": RESPONSES,
             "micro_train_batch_size": RESPONSES, "micro_rollout_batch_size": RESPONSES, "n_samples_per_prompt": GROUP,
             "generate_max_len": LENGTH, "prompt_max_len": 128, "advantage_estimator": "grpo", "init_kl_coef": 0.0,
-            "zero_stage": 0, "max_rollouts": WARMUP + options.steps, "num_episodes": 1_000, "max_num_seqs": RESPONSES,
-            "check_sync_steps": -1,
+            "zero_stage": 0, "max_rollouts": WARMUP + options.steps, "num_episodes": 1_000, 
         }  # fmt: skip
+        if engines:
+            given |= {"max_num_seqs": RESPONSES, "check_sync_steps": -1}
         train(build(PPOConfig, given))
         rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()][WARMUP:]
     phases = {phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) / len(rows) for phase in PHASES}
