@@ -90,6 +90,7 @@ def test_in_bfloat16_an_adapter_is_added_in_float32_and_rounded_once(tiny):
 
 
 def test_weights_in_four_bits_are_those_that_the_model_computes_with(tiny):
+    pytest.importorskip("bitsandbytes")
     model = policy(tiny, lora_rank=3, load_in_4bit=True)
     found = {name: weight.float() for name, weight in weights(model)}
     assert found.keys() == dict(weights(policy(tiny))).keys()
