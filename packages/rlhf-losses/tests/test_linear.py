@@ -207,6 +207,98 @@ def test_a_frozen_head_passes_gradients_through():
     torch.testing.assert_close(through_sum, -expected)
 
 
+def curved(logps, coefficients):
+    """A loss of log-probs whose slope depends on them."""
+    return (coefficients * (logps + 0.3 * logps.exp())).sum()
+
+
+def slope_of_curved(coefficients):
+    return lambda logps, places: coefficients[places] * (1 + 0.3 * logps.exp())
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_predicted_slope_changes_no_gradient_and_saves_a_product(head, with_entropy, watch):
+    hidden, weight, bias, labels = make_head()
+    coefficients = torch.randn(M, dtype=torch.float64)
+
+    def loss(slope):
+        found = linear_token_logps(
+            hidden, weight, labels, bias=bias, chunk_size=M, with_entropy=with_entropy, slope=slope, **head
+        )
+        return curved(found[0] if with_entropy else found, coefficients) / 7
+
+    expected = torch.autograd.grad(loss(None), (hidden, weight, bias))
+    with watch:
+        found = torch.autograd.grad(loss(slope_of_curved(coefficients)), (hidden, weight, bias))
+    assert watch.products == 3
+    torch.testing.assert_close(found, expected)
+
+
+def one_wrong(logps, places):
+    return torch.where(places == 5, 1.001, 1.0).double()
+
+
+def nothing(logps, places):
+    return torch.zeros_like(logps)
+
+
+def not_a_number(logps, places):
+    return torch.full_like(logps, torch.nan)
+
+
+@pytest.mark.parametrize("slope", [one_wrong, nothing, not_a_number])
+def test_a_slope_that_does_not_come_true_changes_no_gradient(slope, watch):
+    hidden, weight, bias, labels = make_head()
+
+    def loss(slope):
+        return 0.5 * linear_token_logps(hidden, weight, labels, bias=bias, chunk_size=M, slope=slope).sum()
+
+    expected = torch.autograd.grad(loss(None), (hidden, weight, bias))
+    with watch:
+        found = torch.autograd.grad(loss(slope), (hidden, weight, bias))
+    assert watch.products == 6
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_entropy_in_the_loss_is_beyond_a_predicted_slope():
+    hidden, weight, bias, labels = make_head()
+
+    def loss(slope):
+        logps, entropies = linear_token_logps(
+            hidden, weight, labels, bias=bias, with_entropy=True, slope=slope, chunk_size=4
+        )
+        return logps.sum() + 0.1 * entropies.sum()
+
+    expected = torch.autograd.grad(loss(None), (hidden, weight, bias))
+    found = torch.autograd.grad(loss(lambda logps, _: torch.ones_like(logps)), (hidden, weight, bias))
+    torch.testing.assert_close(found, expected)
+
+
+def test_where_nothing_is_to_be_learned_a_predicted_slope_of_zero_gives_zero(watch):
+    hidden, weight, bias, labels = make_head()
+    with watch:
+        logps = linear_token_logps(hidden, weight, labels, bias=bias, slope=nothing, chunk_size=M)
+        (0 * logps).sum().backward()
+    assert watch.products == 3
+    assert (hidden.grad == 0).all() and (weight.grad == 0).all() and (bias.grad == 0).all()
+
+
+def test_without_grad_mode_no_slope_is_asked_for(watch):
+    hidden, weight, _, labels = make_head(bias=False)
+    with torch.no_grad(), watch:
+        linear_token_logps(hidden, weight, labels, chunk_size=M, slope=lambda *_: pytest.fail("it was asked for"))
+    assert watch.products == 1
+
+
+def test_a_second_backward_through_log_probs_of_predicted_slope_is_an_error_and_not_a_wrong_gradient():
+    hidden, weight, _, labels = make_head(bias=False)
+    logps = linear_token_logps(hidden, weight, labels, slope=lambda logps, _: torch.ones_like(logps))
+    (2 * logps).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (2 * logps).sum().backward()
+
+
 def test_a_second_backward_through_the_sum_is_an_error_and_not_a_wrong_gradient():
     hidden, weight, _, labels = make_head(bias=False)
     total, _ = linear_cross_entropy_sum(hidden, weight, labels)

@@ -19,25 +19,10 @@ from rlhf_ray.rollout import Experience
 from rlhf_ray.workers.critic import CriticWorker, critic_source
 from rlhf_ray.workers.step import Step
 
-TEXTS = ["the old bird by the river saw a red star", "a green stone and a blue moon", "dogs and cats like the sun"]
 LENGTHS = (3, 12, 1, 6, 12, 2, 5, 9)
 """Of responses to two prompts."""
 MEAN, STD = 0.7, 2.5
 """Of the reward model's rewards, as its config says."""
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer language model with its tokenizer."""
-    from rlhf_core.libraries import settle
-
-    settle()
-    from rlhf_core.tiny import make_model, make_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer(TEXTS, folder, vocab_size=300)
-    make_model(tokenizer, folder, hidden_size=32, max_len=128, initializer_range=0.3)
-    return folder
 
 
 @pytest.fixture(scope="session")

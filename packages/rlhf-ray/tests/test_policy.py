@@ -24,20 +24,6 @@ TEXTS = ["the old bird by the river saw a red star", "a green stone and a blue m
 SAMPLES, GROUP = 8, 4
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer model with its tokenizer."""
-    from rlhf_core.libraries import settle
-
-    settle()
-    from rlhf_core.tiny import make_model, make_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer(TEXTS, folder, vocab_size=300)
-    make_model(tokenizer, folder, hidden_size=32, max_len=128, initializer_range=0.3)
-    return folder
-
-
 @pytest.fixture
 def config(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Build the options of a run from flat ones, on the tiny model unless told otherwise."""
@@ -146,6 +132,65 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance
 
 def whole(worker: PolicyWorker) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in worker.weights()}
+
+
+def as_batch(data: Experience) -> Any:
+    from rlhf_ray.collate import collate_part
+    from rlhf_ray.workers.objective import COLUMNS
+
+    return collate_part(part_of(data, np.arange(SAMPLES)), share=False, columns=COLUMNS)
+
+
+@pytest.mark.parametrize("updated", [False, True], ids=["first update", "later update"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"loss_reduction": "sequence"},
+        {"loss_reduction": "constant"},
+        {"policy_loss": "cispo"},
+        {"dual_clip": 1.5, "eps_clip_high": 0.4},
+        {"importance_cap": 1.5},
+        {"use_kl_loss": True, "kl_estimator": "k3"},
+        {"use_kl_loss": True, "kl_estimator": "k2", "importance_cap": 2.0, "loss_reduction": "sequence"},
+    ],
+    ids=lambda given: " ".join(f"{name}={value}" for name, value in given.items()) or "default",
+)
+def test_the_slope_told_from_a_log_prob_is_that_of_the_loss(config, given, updated):
+    from rlhf_ray.workers.objective import policy_objective, policy_slope
+
+    options = config(**given)
+    rng = np.random.default_rng(6)
+    old = rng.normal(-3, 1, rollout().num_targets).astype(np.float32)
+    batch = as_batch(experience(**({"logps": old} if updated else {})))
+    logps = torch.from_numpy(old + rng.normal(0, 0.3, len(old)).astype(np.float32)).requires_grad_()
+    entropies = torch.zeros_like(logps)
+    (expected,) = torch.autograd.grad(policy_objective(logps, entropies, batch, options, 0.1).loss, logps)
+    slope = policy_slope(batch, options, 0.1)
+    assert slope is not None
+    places = torch.randperm(len(old))
+    torch.testing.assert_close(slope(logps.detach()[places], places), expected[places])
+
+
+@pytest.mark.parametrize("given", [{"policy_loss": "gspo"}, {"entropy_coef": 0.01}])
+def test_a_slope_that_takes_more_than_a_log_prob_is_not_told(config, given):
+    from rlhf_ray.workers.objective import policy_slope
+
+    assert policy_slope(as_batch(experience()), config(**given), 0.1) is None
+
+
+@pytest.mark.parametrize("given", [{}, {"importance_cap": 2.0}, {"use_kl_loss": True, "loss_reduction": "sequence"}])
+def test_the_slope_of_an_update_comes_true(worker, monkeypatch, given):
+    from rlhf_losses import linear
+
+    found = []
+    compare = linear._factor
+    monkeypatch.setattr(linear, "_factor", lambda *both: found.append(compare(*both)) or found[-1])
+    made = worker(**given)
+    for data in (experience(), experience(made)):
+        made.update([step(made, data, [[0, 1, 2], [3, 4, 5, 6, 7]])])
+    assert len(found) == 4
+    assert all(factor is not None for factor in found)
 
 
 def test_log_probs_are_those_of_the_plain_formula_at_the_sampling_temperature(worker, tiny):

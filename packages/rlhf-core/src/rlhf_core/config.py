@@ -108,11 +108,8 @@ class LoraConfig(Config):
         return self
 
 
-class OptimConfig(Config):
-    """Optimizer."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    """Peak learning rate of AdamW."""
+class ScheduleConfig(Config):
+    """What optimizers have in common but for the peak of their learning rate."""
 
     lr_scheduler: Scheduler = "cosine_with_min_lr"
     """Shape of the learning rate over the run."""
@@ -131,6 +128,17 @@ class OptimConfig(Config):
 
     max_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm, larger ones are scaled down; 0 switches clipping off."""
+
+
+class PeakConfig(Config):
+    """Learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    """Peak learning rate of AdamW."""
+
+
+class OptimConfig(ScheduleConfig, PeakConfig):
+    """Optimizer."""
 
 
 class BatchConfig(Config):

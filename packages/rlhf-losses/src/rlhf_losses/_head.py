@@ -208,6 +208,17 @@ def exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(peaks), torch.cat(totals)
 
 
+def exponentiate_with_entropy_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with the entropy log Σ eᶻ − Σ π z of each row's distribution, `[c, 1]`."""
+    peaks, totals, entropies = [], [], []
+    for block in blocks_of(logits):
+        peaks.append(block.amax(1, keepdim=True))
+        shifted = block.sub_(peaks[-1]).clone()
+        totals.append(block.exp_().sum(1, keepdim=True))
+        entropies.append(totals[-1].log() - shifted.mul_(block).sum(1, keepdim=True) / totals[-1])
+    return torch.cat(peaks), torch.cat(totals), torch.cat(entropies)
+
+
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "") -> None:
     """Raise if the shapes cannot be those of hidden states `[M, H]` and their head `[V, H]`."""
     if weight.ndim != 2:

@@ -13,6 +13,7 @@ DeepSpeed ZeRO-3 its storage is released in between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -29,7 +30,14 @@ from rlhf_losses._head import (
     check_head,
     chunks_of,
     exponentiate_,
+    exponentiate_with_entropy_,
 )
+
+Slope = Callable[[Tensor, Tensor], Tensor]
+"""See `linear_token_logps`."""
+
+NOTHING = (False, False, False)
+"""Of hidden states, weight and bias, which need a gradient."""
 
 
 @overload
@@ -45,6 +53,7 @@ def linear_token_logps(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     with_entropy: Literal[False] = False,
+    slope: Slope | None = None,
 ) -> Tensor: ...
 @overload
 def linear_token_logps(
@@ -59,6 +68,7 @@ def linear_token_logps(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     with_entropy: Literal[True],
+    slope: Slope | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logps(
     hidden: Tensor,
@@ -72,10 +82,15 @@ def linear_token_logps(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     with_entropy: bool = False,
+    slope: Slope | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under a language-model head, without holding the logits.
 
     z = cap · tanh(s · (h Wᵀ + b) / cap) / T,  log π(y) = z_y − log Σ_v exp z_v,  H = −Σ_v π(v) log π(v)
+
+    The backward pass computes each chunk's logits again: four matrix products per chunk. Where a token's gradient can be told
+    from its own log-prob, as in PPO, `slope` saves one of them: gradients are made in the forward pass, while logits are at
+    hand, and the backward pass only scales them. A prediction that does not come true costs time and nothing else.
 
     Args:
         hidden: states that enter the head, `[M, H]`; cast to the dtype of `weight`.
@@ -88,6 +103,10 @@ def linear_token_logps(
         ignore_index: label of tokens to skip.
         chunk_size: tokens held as logits at a time; by default as many as fit 64 MB (512 MB on a GPU).
         with_entropy: also return the entropy of each distribution, differentiable too.
+        slope: predicts the derivative of the loss by each log-prob, but for one factor that all tokens share: takes the
+            log-probs `[c]` of some tokens, and which of the M they are, `[c]`; returns `[c]`. What arrives in the backward pass
+            is compared with it, and if it is not that, the logits are computed again. A second backward pass through the same
+            graph is then an error.
 
     Returns:
         Log-probs `[M]`, 0 where ignored; with entropies `[M]`, 0 where ignored, as a second tensor if asked for.
@@ -96,8 +115,10 @@ def linear_token_logps(
     """
     _check_labels(hidden, weight, bias, labels)
     logit_map = LogitMap(temperature, softcap, logit_scale)
+    # Inside a Function gradients are always off, so it is asked here whether anybody wants them.
+    slope = slope if torch.is_grad_enabled() else None
     logps, entropies = _LinearTokenLogps.apply(
-        hidden.to(weight.dtype), weight, bias, labels, logit_map, ignore_index, chunk_size, with_entropy
+        hidden.to(weight.dtype), weight, bias, labels, logit_map, ignore_index, chunk_size, with_entropy, slope
     )
     return (logps, entropies) if with_entropy else logps
 
@@ -165,7 +186,10 @@ def _check_labels(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
 
 
 class _LinearTokenLogps(torch.autograd.Function):
-    """Keeps one log-normaliser (and entropy) per token and recomputes a chunk's logits in the backward pass."""
+    """Keeps one log-normaliser (and entropy) per token and recomputes a chunk's logits in the backward pass.
+
+    With a predicted slope it makes the gradient that this slope would give in the forward pass, and keeps both.
+    """
 
     @staticmethod
     def forward(
@@ -178,6 +202,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         ignore_index: int,
         chunk_size: int | None,
         with_entropy: bool,
+        slope: Slope | None,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = accumulation_dtype(weight.dtype)
         rows = (labels != ignore_index).nonzero()[:, 0]
@@ -186,19 +211,29 @@ class _LinearTokenLogps(torch.autograd.Function):
         logps = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
         normaliser = torch.zeros_like(logps)
         entropies = torch.zeros_like(logps) if with_entropy else None
+        predicted = None if slope is None else torch.zeros_like(logps)
+        gradient = HeadGradient(hidden, weight, bias, ctx.needs_input_grad[:3] if slope else NOTHING, logit_map.gain)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in chunks:
-                z = logit_map.logits(hidden[chunk], weight, bias, buffer[: len(chunk)])
-                label_z = z.gather(1, labels[chunk, None])
-                # Entropy is log Σ eᶻ − Σ π z; z relative to its peak is kept while the buffer turns into eᶻ.
-                shifted = z - z.amax(1, keepdim=True) if with_entropy else None
-                peak, total = exponentiate_(z)
+                h, y = hidden[chunk], labels[chunk, None]
+                z = logit_map.logits(h, weight, bias, buffer[: len(chunk)])
+                label_z = z.gather(1, y)
+                softcap = logit_map.slope(z) if slope else None
+                if entropies is None:
+                    peak, total = exponentiate_(z)
+                else:
+                    peak, total, entropy = exponentiate_with_entropy_(z)
+                    entropies[chunk] = entropy[:, 0]
                 lse = peak + total.log()
                 normaliser[chunk] = lse[:, 0]
                 logps[chunk] = (label_z - lse)[:, 0]
-                if entropies is not None and shifted is not None:
-                    entropies[chunk] = (total.log() - (z.mul_(shifted).sum(1, keepdim=True) / total))[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, labels, rows, normaliser, entropies)
+                if slope is not None and predicted is not None:
+                    predicted[chunk] = g = slope(logps[chunk], chunk)
+                    # 1[· = y] − π is (total · 1[· = y] − eᶻ) / total: sign and division are left to the rows.
+                    z.scatter_add_(1, y, -total)
+                    gradient.add(z, -g[:, None] / total, softcap, chunk, h, weight)
+        made = (gradient.hidden, gradient.weight, gradient.bias)
+        ctx.save_for_backward(hidden, weight, bias, labels, rows, normaliser, entropies, predicted, *made)
         ctx.logit_map, ctx.chunk_size = logit_map, chunk_size
         ctx.set_materialize_grads(False)
         return logps, entropies
@@ -208,11 +243,16 @@ class _LinearTokenLogps(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, rows, normaliser, entropies = ctx.saved_tensors
+        hidden, weight, bias, labels, rows, normaliser, entropies, predicted, *made = ctx.saved_tensors
         logit_map: LogitMap = ctx.logit_map
         dtype = normaliser.dtype
         if grad_logps is None:
             grad_logps = torch.zeros_like(normaliser)
+        if predicted is not None and grad_entropies is None:
+            factor = _factor(grad_logps[rows], predicted[rows])
+            if factor is not None:
+                grads = (None if grad is None else grad.mul_(factor).to(weight.dtype) for grad in made)
+                return *grads, *(None,) * (len(ctx.needs_input_grad) - 3)
         chunks = chunks_of(rows, weight.shape[0], ctx.chunk_size, dtype)
         buffer = buffer_for(chunks, weight.shape[0], dtype, hidden.device)
         gradient = HeadGradient(hidden, weight, bias, ctx.needs_input_grad[:3], logit_map.gain)
@@ -234,7 +274,17 @@ class _LinearTokenLogps(torch.autograd.Function):
                     dlogits, scale = p.mul_(pull), -torch.ones_like(g)
                     dlogits.scatter_add_(1, y, -g)
                 gradient.add(dlogits, scale, slope, chunk, h, weight)
-        return *gradient.cast(), None, None, None, None, None
+        return *gradient.cast(), *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+def _factor(grad: Tensor, predicted: Tensor) -> Tensor | None:
+    """What `predicted` `[m]` is to be multiplied with to be `grad`, up to rounding; None if it is something else."""
+    if not len(grad):
+        return grad.new_ones(())
+    at = predicted.abs().argmax()
+    factor = torch.where(predicted[at] == 0, 1.0, grad[at] / predicted[at])
+    tolerance = 64 * torch.finfo(grad.dtype).eps
+    return factor if torch.allclose(grad, factor * predicted, rtol=tolerance, atol=0.0) else None
 
 
 class _LinearCrossEntropySum(GradientInForward):

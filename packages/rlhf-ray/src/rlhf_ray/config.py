@@ -14,7 +14,7 @@ from rlhf_core.config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
-    Scheduler,
+    ScheduleConfig,
     ZeroConfig,
     _interval,
 )
@@ -375,8 +375,8 @@ class PPODataConfig(Config):
         return self
 
 
-class PPOOptimConfig(Config):
-    """Optimizer."""
+class PeaksConfig(Config):
+    """Learning rates."""
 
     actor_learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of the policy."""
@@ -384,27 +384,13 @@ class PPOOptimConfig(Config):
     critic_learning_rate: Annotated[float, Field(gt=0)] = 9e-6
     """Peak learning rate of the critic."""
 
-    lr_scheduler: Scheduler = "cosine_with_min_lr"
-    """Shape of the learning rates over the run."""
 
-    lr_warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
-    """Share of the optimizer steps spent warming up from 0 to the peak."""
-
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Where `cosine_with_min_lr` ends, as a share of the peak."""
-
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of Adam's two moments."""
-
-    l2: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay; norms and biases are exempt."""
-
-    max_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm, larger ones are scaled down; 0 switches clipping off."""
+class PPOOptimConfig(ScheduleConfig, PeaksConfig):
+    """Optimizer."""
 
     def of(self, learning_rate: float) -> OptimConfig:
         """The options of one model's optimizer."""
-        shared = self.model_dump(exclude={"actor_learning_rate", "critic_learning_rate"})
+        shared = self.model_dump(include=set(ScheduleConfig.model_fields))
         return OptimConfig(learning_rate=learning_rate, **shared)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_core.batch import Batch
 from rlhf_core.models.backbone import Backbone, Head
 from rlhf_losses import linear_cross_entropy_sum, linear_token_logps
+from rlhf_losses.linear import Slope
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Policy(Backbone):
         return self.base.get_output_embeddings()  # type: ignore
 
     def token_logps(
-        self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
+        self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False, slope: Slope | None = None
     ) -> tuple[Any, Tensor | None]:
         """Log-probability of every target token given what precedes it.
 
@@ -52,6 +53,7 @@ class Policy(Backbone):
             batch: the samples.
             temperature: divides the logits: the one that responses were drawn at.
             with_entropy: also give the entropy of the distribution that each target was drawn from.
+            slope: what the derivative of the loss by each log-prob will be, see `rlhf_losses.linear_token_logps`.
 
         Returns:
             Nats, `[M]` float32, or a pair of them with the entropies; and the load balance `[N]`.
@@ -59,7 +61,7 @@ class Policy(Backbone):
 
         def logps(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> Any:
             return linear_token_logps(
-                hidden, weight, labels, temperature=temperature, with_entropy=with_entropy, **head
+                hidden, weight, labels, temperature=temperature, with_entropy=with_entropy, slope=slope, **head
             )
 
         return self.at_targets(batch, logps)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -11,8 +9,8 @@ from numpy.typing import NDArray
 from rlhf_ray.cluster.group import Part
 from rlhf_ray.config import PPOConfig, names
 from rlhf_ray.workers.policy import layout, model_facts
-from rlhf_ray.workers.rank import RankWorker
 from rlhf_ray.workers.step import Step
+from rlhf_ray.workers.trained import TrainedWorker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +33,11 @@ def critic_source(config: PPOConfig) -> tuple[str, str, bool]:
     return "--pretrain", config.model.pretrain, False
 
 
-class CriticWorker(RankWorker):
+class CriticWorker(TrainedWorker):
     """One rank of the critic: a reward model that is read at every token."""
+
+    role, learning_rate_option = "critic", "--critic_learning_rate"
+    ways_out = " or a smaller --reward_clip_range"
 
     def setup(self, config: PPOConfig, meeting: tuple[str, int] | None, total_steps: int) -> dict[str, Any]:
         """Meet the other ranks, load the model and prepare it for training.
@@ -53,11 +54,9 @@ class CriticWorker(RankWorker):
             InputError: the model cannot be read, or an option does not fit it.
         """
         self.strategy = self.join_to_train(config, config.optim.of(config.optim.critic_learning_rate), meeting)
-        from rlhf_core.export import check_export
         from rlhf_core.models.load import load_model_config
         from rlhf_core.models.loader import Models
         from rlhf_core.models.reward import Calibration, RewardHead, find_head, settle_padding
-        from rlhf_core.offload import Offload
         from rlhf_data.tokenizer import load_tokenizer
 
         self.config = config
@@ -73,13 +72,7 @@ class CriticWorker(RankWorker):
         self.scale = Calibration.of(model_config, name) if scaled else None
         head = RewardHead(found, config.batch.seed, settle_padding(self.tokenizer))
         models = Models(model, self.strategy, ragged=self.ragged, share_prefix=self.share, head=head, lora=config.lora)
-        self.model: Any = models.trained(model_config)
-        if self.strategy.is_first:
-            check_export(self.model, self.tokenizer)
-        self.engine = self.strategy.prepare(self.model, total_steps)
-        self.engine.eval()
-        models.check(self.engine, model_config, "rewards")
-        self.memory = Offload(self.engine)
+        self.prepare(models, model_config, total_steps, "rewards")
         return model_facts(self.model, self.strategy.device, self.ragged, self.share) | {"head": found or "a new one"}
 
     def values(self, parts: list[Part]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
@@ -106,33 +99,16 @@ class CriticWorker(RankWorker):
             return values, after
         return self.scale.normalise(values), self.scale.normalise(after)
 
-    def update(self, steps: list[Step]) -> list[dict[str, float]]:
-        """Make optimizer steps; every rank is given as many, each with as many micro-batches.
-
-        Returns:
-            The figures of each step, the same on all ranks.
-
-        Raises:
-            NonFiniteLoss: a gradient is no number. Nothing has been saved of it.
-        """
-        self.reload()
-        self.engine.train()
-        figures = [self.optimizer_step(step) for step in steps]
-        self.engine.eval()
-        return figures
-
     def optimizer_step(self, step: Step) -> dict[str, float]:
-        """One optimizer step."""
+        """One optimizer step; see `TrainedWorker.optimizer_step`."""
         from rlhf_core.metrics import Meter
 
         meter = Meter()
         for number, part in enumerate(step.parts, start=1):
             loss = self.value_loss(part, meter)
             self.strategy.backward(self.engine, loss, step.divisor, last=number == len(step.parts))
-        learning_rate = self.strategy.learning_rate(self.engine)
-        norm = self.strategy.step(self.engine)
-        self.check(norm, step)
-        return meter.means(self.strategy) | {"critic_grad_norm": norm, "critic_learning_rate": learning_rate}
+        stepped = {f"critic_{name}": value for name, value in self.step(step.number).items()}
+        return meter.means(self.strategy) | stepped
 
     def value_loss(self, part: Part, meter: Meter) -> Tensor:
         """The summed loss of a micro-batch; its figures go to `meter`."""
@@ -150,48 +126,8 @@ class CriticWorker(RankWorker):
             meter.add({"value_clip_fraction": (value_clip_fraction(values, old, returns, clip, mask) * tokens, tokens)})
         return loss
 
-    def check(self, norm: float, step: Step) -> None:
-        from rlhf_core.fit import NonFiniteLoss
-
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"the gradient norm of optimizer step {step.number + 1} of the critic is {norm}; nothing of it was saved. Try "
-                "a lower --critic_learning_rate or a smaller --reward_clip_range; --load_checkpoint continues from the newest "
-                "checkpoint"
-            )
-
-    def save(self, folder: str) -> None:
-        """Write what a resumed run needs of this rank into a folder that is there; on all ranks."""
-        from rlhf_core.checkpoint import write_engine
-
-        self.reload()
-        write_engine(self.engine, Path(folder), self.rank)
-        self.strategy.barrier()
-
-    def load(self, folder: str) -> None:
-        """Go to where `save` was called; on all ranks."""
-        from rlhf_core.checkpoint import read_engine
-
-        self.reload()
-        read_engine(self.engine, Path(folder), self.rank)
-
     def export(self, folder: str) -> None:
-        """Write the critic as a reward model in Hugging Face format, from which a critic can start again.
-
-        Raises:
-            CheckpointError: the disk is full or cannot be written.
-        """
-        from rlhf_core.export import export
-
-        self.reload()
+        """See `TrainedWorker.export`: a reward model, from which a critic can start again."""
         if self.scale is not None:
             self.scale.write(self.model.config)  # on which its values are, also where it starts again
-        export(self.model, self.tokenizer, Path(folder), self.strategy)
-
-    def offload(self) -> None:
-        """Make room on the device: weights, gradients and optimizer go to the host."""
-        self.memory.put_away()
-
-    def reload(self) -> None:
-        """Take the device again; nothing to do if it was not left."""
-        self.memory.take_back()
+        super().export(folder)

@@ -5,6 +5,7 @@ Shapes: N responses, M tokens of responses. Only tokens in the mask count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from rlhf_losses import (
     sequence_log_ratio,
     truncated_importance_weights,
 )
+from rlhf_losses.linear import Slope
 from rlhf_ray.config import PPOConfig
 
 COLUMNS = ("mask", "advantages", "rollout_logps", "logps", "reference_logps")
@@ -60,17 +62,14 @@ def policy_objective(logps: Tensor, entropies: Tensor, batch: Batch, config: PPO
     columns, bounds = batch.columns, batch.target_bounds
     mask, advantages, drawn = columns["mask"], columns["advantages"], columns["rollout_logps"]
     old = columns.get("logps", logps.detach())
-    surrogate = policy_losses(logps, old, advantages, bounds, mask, config)
     tokens = mask.sum()
     sums: Sums = {"entropy": (masked_sum(entropies, mask), tokens)}
-    if config.importance_cap is not None:
-        weights = truncated_importance_weights(old, drawn, cap=config.importance_cap)
-        surrogate = surrogate * weights
+    surrogate, weights, divergence = terms(logps, columns, bounds, config)
+    if weights is not None and config.importance_cap is not None:
         sums["importance_weight"] = (masked_sum(weights, mask), tokens)
         sums["importance_truncated"] = (masked_sum((weights >= config.importance_cap).float(), mask), tokens)
     each = surrogate - config.ppo.entropy_coef * entropies if config.ppo.entropy_coef else surrogate
-    if config.experience.use_kl_loss:
-        divergence = kl_estimate(logps, columns["reference_logps"], config.kl_estimator)
+    if divergence is not None:
         each = each + kl_coef * divergence
         sums["kl_loss"] = (masked_sum(divergence, mask), tokens)
     ratio = (logps - old).detach().exp()
@@ -88,8 +87,55 @@ def policy_objective(logps: Tensor, entropies: Tensor, batch: Batch, config: PPO
     return Objective(summed(each, mask, bounds, config), sums, peaks)
 
 
+def policy_slope(batch: Batch, config: PPOConfig, kl_coef: float) -> Slope | None:
+    """The derivative of the loss by each log-prob, told from that log-prob alone; see `rlhf_losses.linear_token_logps`.
+
+    None where it takes more: GSPO's ratio is that of a response, and an entropy bonus has gradients of its own.
+    """
+    if config.ppo.policy_loss == "gspo" or config.ppo.entropy_coef:
+        return None
+    columns, bounds = batch.columns, batch.target_bounds
+    counted = columns["mask"].float()
+    if config.loss_reduction == "sequence":
+        counts = segment_sum(counted, bounds).clamp(min=1)
+        counted = counted / counts[segment_ids(bounds, len(counted))]
+
+    def slope(logps: Tensor, places: Tensor) -> Tensor:
+        here = {name: column[places] for name, column in columns.items()}
+        with torch.enable_grad():
+            logps = logps.detach().requires_grad_()
+            surrogate, _, divergence = terms(logps, here, None, config)
+            each = surrogate if divergence is None else surrogate + kl_coef * divergence
+            (gradient,) = torch.autograd.grad(masked_sum(each * counted[places], here["mask"]), logps)
+        return gradient
+
+    return slope
+
+
+def terms(
+    logps: Tensor, columns: Mapping[str, Tensor], bounds: Tensor | None, config: PPOConfig
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the loss of each token is made of: the surrogate, the importance weight in it, and the divergence, `[M]`.
+
+    Args:
+        logps: under the policy in training, `[M]`.
+        columns: of these tokens.
+        bounds: of the responses, `[N+1]`; only needed where the ratio is that of a response.
+        config: the run's options.
+    """
+    old = columns.get("logps", logps.detach())
+    surrogate = policy_losses(logps, old, columns["advantages"], bounds, columns["mask"], config)
+    weights = divergence = None
+    if config.importance_cap is not None:
+        weights = truncated_importance_weights(old, columns["rollout_logps"], cap=config.importance_cap)
+        surrogate = surrogate * weights
+    if config.experience.use_kl_loss:
+        divergence = kl_estimate(logps, columns["reference_logps"], config.kl_estimator)
+    return surrogate, weights, divergence
+
+
 def policy_losses(
-    logps: Tensor, old: Tensor, advantages: Tensor, bounds: Tensor, mask: Tensor, config: PPOConfig
+    logps: Tensor, old: Tensor, advantages: Tensor, bounds: Tensor | None, mask: Tensor, config: PPOConfig
 ) -> Tensor:
     """The surrogate of every token, `[M]`."""
     low, high = config.clip_range
@@ -97,6 +143,7 @@ def policy_losses(
         case "ppo":
             return ppo_loss(logps, old, advantages, clip_low=low, clip_high=high, dual_clip=config.ppo.dual_clip)
         case "gspo":
+            assert bounds is not None
             return gspo_loss(logps, old, advantages, bounds, mask=mask, clip_low=low, clip_high=high)
         case "cispo":
             return cispo_loss(logps, old, advantages, clip_low=low, clip_high=high)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from rlhf_ray.cluster.group import Part
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.engines.request import Answer, Request, Response
-from rlhf_ray.workers.rank import RankWorker
 from rlhf_ray.workers.step import Step
+from rlhf_ray.workers.trained import TrainedWorker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +33,11 @@ def average_file(rank: int) -> str:
     return f"average_rank{rank}.safetensors"
 
 
-class PolicyWorker(RankWorker):
+class PolicyWorker(TrainedWorker):
     """One rank of the policy."""
+
+    role, learning_rate_option = "policy", "--actor_learning_rate"
+    ways_out = ", a smaller --reward_clip_range or a higher --init_kl_coef"
 
     def setup(self, config: PPOConfig, meeting: tuple[str, int] | None, total_steps: int) -> dict[str, Any]:
         """Meet the other ranks, read pretraining text, load the model and prepare it for training.
@@ -54,10 +56,8 @@ class PolicyWorker(RankWorker):
         """
         self.strategy = self.join_to_train(config, config.optim.of(config.optim.actor_learning_rate), meeting)
         from rlhf_core.ema import EMA
-        from rlhf_core.export import check_export
         from rlhf_core.models.load import load_model_config
         from rlhf_core.models.loader import Models
-        from rlhf_core.offload import Offload
         from rlhf_data.tokenizer import load_tokenizer
         from rlhf_infer.engines.engine import stop_ids
         from rlhf_ray.workers.pretraining import Pretraining
@@ -75,15 +75,9 @@ class PolicyWorker(RankWorker):
         self.stop_ids = stop_ids(config.model.pretrain, model_config, self.tokenizer)
         self.text = Pretraining(config, self.tokenizer) if config.data.pretrain_data else None
         models = Models(config.model, self.strategy, ragged=self.ragged, share_prefix=self.share, lora=config.lora)
-        self.model: Any = models.trained(model_config)
-        if self.strategy.is_first:
-            check_export(self.model, self.tokenizer)
-        self.engine = self.strategy.prepare(self.model, total_steps)
-        self.engine.eval()
-        models.check(self.engine, model_config)
-        self.memory = Offload(self.engine)
-        is_first, beta = self.strategy.is_first, config.ppo.ema_beta
-        self.average = EMA(self.model, beta, is_first=is_first) if config.ppo.enable_ema else None
+        self.prepare(models, model_config, total_steps)
+        if config.ppo.enable_ema:
+            self.average = EMA(self.model, config.ppo.ema_beta, is_first=self.strategy.is_first)
         facts = model_facts(self.model, self.strategy.device, self.ragged, self.share)
         return facts | ({"pretrain_data": self.text.report.to_dict()} if self.text else {})
 
@@ -99,18 +93,8 @@ class PolicyWorker(RankWorker):
         return list(token_logps(self.engine, parts, self.config, self.share, self.strategy.device, adapter=False))
 
     def update(self, steps: list[Step]) -> list[dict[str, float]]:
-        """Make optimizer steps; every rank is given as many, each with as many micro-batches.
-
-        Returns:
-            The figures of each step, the same on all ranks.
-
-        Raises:
-            NonFiniteLoss: a gradient is no number. Nothing has been saved of it.
-        """
-        self.reload()
-        self.engine.train()
-        figures = [self.optimizer_step(step) for step in steps]
-        self.engine.eval()
+        """See `TrainedWorker.update`; afterwards the weights are another version."""
+        figures = super().update(steps)
         self.updates += 1
         return figures
 
@@ -129,26 +113,21 @@ class PolicyWorker(RankWorker):
             if text is not None and self.text and window:
                 loss = loss + self.text_loss(text, meter) * (step.divisor / self.text.targets(window))
             self.strategy.backward(self.engine, loss, step.divisor, last=number == count)
-        learning_rate = self.strategy.learning_rate(self.engine)
-        norm = self.strategy.step(self.engine)
-        self.check(norm, step)
+        stepped = self.step(step.number)
         if self.average:
             self.average.update()
         names = sorted(peaks)
         most = self.strategy.max([float(peaks[name]) for name in names])
-        return (
-            meter.means(self.strategy)
-            | dict(zip(names, most, strict=True))
-            | {"grad_norm": norm, "learning_rate": learning_rate}
-        )
+        return meter.means(self.strategy) | dict(zip(names, most, strict=True)) | stepped
 
     def policy_loss(self, part: Part, step: Step, meter: Meter, peaks: dict[str, Tensor]) -> Tensor:
         """The summed loss of a micro-batch of experience; its figures go to `meter` and `peaks`."""
         from rlhf_ray.collate import collate_part
-        from rlhf_ray.workers.objective import COLUMNS, policy_objective
+        from rlhf_ray.workers.objective import COLUMNS, policy_objective, policy_slope
 
         batch = collate_part(part, share=self.share, columns=COLUMNS).to(self.strategy.device)
-        (logps, entropies), _ = self.engine("token_logps", batch, self.config.rollout.temperature, with_entropy=True)
+        how = {"with_entropy": True, "slope": policy_slope(batch, self.config, step.kl_coef)}
+        (logps, entropies), _ = self.engine("token_logps", batch, self.config.rollout.temperature, **how)
         found = policy_objective(logps, entropies, batch, self.config, step.kl_coef)
         meter.add(found.sums)
         for name, peak in found.peaks.items():
@@ -160,16 +139,6 @@ class PolicyWorker(RankWorker):
         total, _, _ = self.engine("cross_entropy", batch)
         meter.add({"ptx_loss": (total, batch.num_targets)})
         return self.config.ppo.ptx_coef * total
-
-    def check(self, norm: float, step: Step) -> None:
-        from rlhf_core.fit import NonFiniteLoss
-
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"the gradient norm of optimizer step {step.number + 1} of the policy is {norm}; nothing of it was saved. Try "
-                "a lower --actor_learning_rate, a smaller --reward_clip_range or a higher --init_kl_coef; "
-                "--load_checkpoint continues from the newest checkpoint"
-            )
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Write responses with the weights as they are; under ZeRO-3 all ranks must be told to, with requests or without.
@@ -238,45 +207,20 @@ class PolicyWorker(RankWorker):
         return self.sender.send(sent) if self.sender is not None else finish(sent)
 
     def save(self, folder: str) -> None:
-        """Write what a resumed run needs of this rank into a folder that is there; on all ranks."""
-        from rlhf_core.checkpoint import write_engine
-
+        """See `TrainedWorker.save`; with the moving average and the version of the weights."""
         self.reload()
-        write_engine(self.engine, Path(folder), self.rank)
         if self.average and self.average.averages:
             self.average.save(Path(folder) / average_file(self.rank))
         if self.strategy.is_first:
             (Path(folder) / STATE).write_text(json.dumps({"updates": self.updates}))
-        self.strategy.barrier()
+        super().save(folder)
 
     def load(self, folder: str) -> None:
-        """Go to where `save` was called; on all ranks."""
-        from rlhf_core.checkpoint import read_engine
-
-        self.reload()
-        read_engine(self.engine, Path(folder), self.rank)
+        """See `TrainedWorker.load`."""
+        super().load(folder)
         if self.average and self.average.averages:
             self.average.load(Path(folder) / average_file(self.rank))
         self.updates = int(json.loads((Path(folder) / STATE).read_text())["updates"])
-
-    def export(self, folder: str) -> None:
-        """Write the model (with LoRA, the adapter) and its tokenizer in Hugging Face format: the moving average, if there is one.
-
-        Raises:
-            CheckpointError: the disk is full or cannot be written.
-        """
-        from rlhf_core.export import export
-
-        self.reload()
-        export(self.model, self.tokenizer, Path(folder), self.strategy, average=self.average)
-
-    def offload(self) -> None:
-        """Make room on the device: weights, gradients and optimizer go to the host."""
-        self.memory.put_away()
-
-    def reload(self) -> None:
-        """Take the device again; nothing to do if it was not left."""
-        self.memory.take_back()
 
 
 def finish(weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray.config import PPOConfig
 
 if TYPE_CHECKING:
-    from rlhf_core.config import OptimConfig
     from rlhf_core.ranks import Meeting, Ranks
-    from rlhf_core.strategy import Strategy
 
 
 class RankWorker:
@@ -56,27 +54,5 @@ class RankWorker:
             seed=config.batch.seed,
             bf16=config.model.bf16,
             zero_stage=config.parallel.zero_stage,
-            meeting=self.meeting_of(meeting),
-        )
-
-    def join_to_train(self, config: PPOConfig, optim: OptimConfig, meeting: tuple[str, int] | None) -> Strategy:
-        """Meet the other ranks of a role whose model is trained.
-
-        Args:
-            config: the run's options.
-            optim: of the role's optimizer, see `PPOOptimConfig.of`.
-            meeting: what `meet` of the first rank returned; None for a single rank.
-        """
-        from rlhf_core.libraries import settle
-
-        settle()
-        from rlhf_core.strategy import Strategy
-
-        return Strategy(
-            config.parallel,
-            optim,
-            bf16=config.model.bf16,
-            seed=config.batch.seed,
-            patience=config.parallel,
             meeting=self.meeting_of(meeting),
         )
