@@ -19,7 +19,7 @@ from rlhf_data.errors import InputError, RunError
 from rlhf_ray.cluster.backend import Place, WorkerDied
 from rlhf_ray.cluster.group import WorkerGroup, start_group, wait_all
 from rlhf_ray.cluster.placement import plan
-from rlhf_ray.cluster.ray import RayBackend, cause_of_death, connect
+from rlhf_ray.cluster.ray import OWN, RayBackend, cause_of_death, connect, forget_token
 from rlhf_ray.config import ClusterConfig, PPOConfig
 from rlhf_ray.rewards import Source
 
@@ -42,6 +42,18 @@ with connect(ClusterConfig(ray_address="local")) as backend:
     backend.wait([backend.call(rank, "wait")], 200)
 """
 """A program that waits for a worker on a Ray of its own."""
+
+STARTER = """
+import os, sys
+import ray
+from rlhf_ray.cluster.ray import connect
+from rlhf_ray.config import ClusterConfig
+
+with connect(ClusterConfig(ray_address="local")):
+    print(ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"], flush=True)
+    sys.stdin.read()
+"""
+"""A program that keeps a Ray of its own until its input ends, and says where it is."""
 
 
 class Awkward(Exception):
@@ -100,12 +112,29 @@ def make_config(**cluster: Any) -> PPOConfig:
 
 @pytest.fixture(scope="module")
 def own_ray() -> Iterator[RayBackend]:
-    """A Ray of the tests' own."""
+    """A Ray of the tests' own, which they join.
+
+    Another process starts it: Ray forks, which fails in a process whose mappings are together as large as the memory, and
+    those of all tests that ran before are in this one.
+    """
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    with connect(ClusterConfig(ray_address="local", start_timeout=60)) as backend:
-        yield backend
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert starter.stdout is not None
+        address, token = starter.stdout.readline().split()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (OWN | {"RAY_AUTH_TOKEN": token}).items():
+                patch.setenv(name, value)
+            forget_token()
+            with connect(ClusterConfig(ray_address=address, start_timeout=60)) as backend:
+                yield backend
+        forget_token()
+    finally:
+        starter.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
