@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from rlhf_core.generate import Draft, Sampling, Writer, drawn, nucleus, penalised
+from rlhf_core.packed import packed
 
 EOS = 3
 CPU = torch.device("cpu")
@@ -249,16 +250,65 @@ def test_the_penalty_is_that_of_transformers():
 
 
 def test_tokens_are_drawn_where_the_cumulative_probability_passes_the_number():
-    logits = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0]).log()
+    probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
     numbers = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-53], dtype=torch.float64)
-    assert drawn(logits.expand(6, 6), numbers).tolist() == [1, 1, 3, 3, 4, 4]
+    assert drawn(probabilities.expand(6, 6), numbers).tolist() == [1, 1, 3, 3, 4, 4]
+    assert drawn(7 * probabilities.expand(6, 6), numbers).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_among_many_tokens_those_are_drawn_whose_share_of_the_numbers_it_is(vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    probabilities = np.where(rng.random((400, vocabulary)) < 0.5, rng.random((400, vocabulary)) ** 8, 0.0)
+    probabilities[:, rng.integers(vocabulary)] += 1e-3
+    numbers = rng.random(400)
+    shares = probabilities.cumsum(1) / probabilities.sum(1, keepdims=True)
+    expected = (shares <= numbers[:, None]).sum(1)
+    assert drawn(torch.from_numpy(probabilities), torch.from_numpy(numbers)).tolist() == expected.tolist()
+    assert len(set(expected.tolist())) > min(vocabulary // 4, 50)
 
 
 def test_tokens_are_drawn_as_often_as_the_model_says():
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125])
     numbers = torch.from_numpy(np.random.default_rng(0).random(40_000))
-    counts = drawn(probabilities.log().expand(40_000, 4), numbers).bincount(minlength=4) / 40_000
+    counts = drawn(probabilities.expand(40_000, 4), numbers).bincount(minlength=4) / 40_000
     assert counts.tolist() == pytest.approx(probabilities.tolist(), abs=0.01)
+
+
+def test_packed_layers_give_the_same_and_are_plain_again_afterwards():
+    model = llama().float()
+    ids = torch.arange(4, 20).reshape(4, 4)
+    weights, forwards = (
+        dict(model.named_parameters()),
+        [m.forward for m in model.modules() if type(m) is torch.nn.Linear],
+    )
+    with torch.no_grad():
+        expected = model(ids).logits
+        with packed(model, 4):
+            own = [m for m in model.modules() if "forward" in m.__dict__]
+            found = model(ids).logits
+    assert len(own) == len(forwards) == 15
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [m.forward for m in model.modules() if type(m) is torch.nn.Linear] == forwards
+    assert all(weight is weights[name] for name, weight in model.named_parameters())
+    model(ids).logits.sum().backward()  # gradients flow again
+    assert all(weight.grad is not None for weight in weights.values())
+
+
+def test_layers_that_cannot_be_packed_are_left_alone():
+    class Own(torch.nn.Linear):
+        pass
+
+    wrapped = torch.nn.Linear(3, 3)
+    wrapped.forward = lambda x: x  # type: ignore[method-assign]
+    split = torch.nn.Linear(3, 3)
+    split.weight.ds_id = 0  # type: ignore[attr-defined]
+    model = torch.nn.ModuleList(
+        [Own(3, 3), torch.nn.Linear(3, 3).double(), torch.nn.Linear(3, 3).bfloat16(), split, wrapped]
+    )
+    with packed(model, 1):
+        assert [layer for layer in model if "forward" in layer.__dict__] == [wrapped]
+    assert "forward" in wrapped.__dict__
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -24,10 +24,14 @@ from transformers import DynamicCache
 
 from rlhf_core.models.attention import padded_implementation
 from rlhf_core.models.policy import Policy
+from rlhf_core.packed import packed
 from rlhf_core.ranks import Ranks
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layers whose state is one key and one value per token, so that rows can be padded, cut and put together."""
+
+BLOCK = 256
+"""Tokens whose probabilities are added up together when one is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,16 +208,20 @@ class Writer:
         """Choose a token for each of N responses from logits `[N, V]`."""
         logits, how = logits.float(), self.sampling
         own = logits[:, : self.vocabulary]
-        shaped = own
+        scored = (logits / how.scale if how.scale != 1 else logits) if how.logps_at_temperature else own
+        scored = scored.log_softmax(1)
         if how.repetition_penalty != 1:
-            shaped = penalised(own, torch.stack([draft.seen for draft in drafts]), how.repetition_penalty)  # type: ignore[misc]
+            own = penalised(own, torch.stack([draft.seen for draft in drafts]), how.repetition_penalty)  # type: ignore[misc]
         if how.greedy:
-            tokens = shaped.argmax(-1)
+            tokens = own.argmax(1)
         else:
+            if how.scale == how.temperature and how.repetition_penalty == 1 and how.top_p == 1:
+                probabilities = scored[:, : self.vocabulary].exp()
+            else:
+                probabilities = nucleus(own / how.temperature, how.top_p).softmax(1)
             uniforms = torch.tensor([draft.uniforms.random() for draft in drafts], dtype=torch.float64)
-            tokens = drawn(nucleus(shaped / how.temperature, how.top_p), uniforms.to(self.device))
-        scored = logits / how.scale if how.logps_at_temperature else own
-        logps = scored.gather(1, tokens[:, None])[:, 0] - scored.logsumexp(1)
+            tokens = drawn(probabilities, uniforms.to(self.device))
+        logps = scored.gather(1, tokens[:, None])[:, 0]
         for draft, token, logp in zip(drafts, tokens.tolist(), logps.tolist(), strict=True):
             draft.written.append(token)
             draft.logps.append(logp)
@@ -272,13 +280,27 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
 
 
-def drawn(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens `[N]` of the distributions of logits `[N, V]`: where their cumulative probabilities pass `uniforms`, `[N]` in [0, 1)."""
-    cumulative = logits.softmax(-1).double().cumsum(-1)
-    total = cumulative[:, -1:]
-    # a product that rounds up to the total would fall behind the last token
-    below = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, below, right=True)[:, 0]
+def drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens `[N]`: where the cumulative `probabilities` `[N, V]`, which need not add up to 1, pass `uniforms`, `[N]` in [0, 1).
+
+    The cumulative sums, in float64, are of blocks of tokens and then of one block.
+    """
+    blocks = pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(2).double().cumsum(1)
+    block, rest = passed(sums, uniforms * sums[:, -1])
+    inside = blocks[torch.arange(len(block), device=block.device), block].double().cumsum(1)
+    place, _ = passed(inside, rest)
+    return block * BLOCK + place
+
+
+def passed(cumulative: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row of `[N, C]` passes its amount of `[N]`, and what the amount is above the sum before that place."""
+    total = cumulative[:, -1]
+    # what rounds up to the total would fall behind the last place
+    amounts = torch.minimum(amounts, total.nextafter(torch.zeros_like(total)))[:, None]
+    place = torch.searchsorted(cumulative, amounts, right=True)
+    before = pad(cumulative, (1, 0)).gather(1, place)
+    return place[:, 0], (amounts - before)[:, 0]
 
 
 def write_with_policy(
@@ -305,7 +327,7 @@ def write_with_policy(
         size: most responses in a model call.
         vocabulary: how many first tokens there are to choose from.
     """
-    with batched_attention(policy):
+    with batched_attention(policy), packed(policy, size):
         writer = Writer(Called(policy), sampling, stop_ids, size=size, device=ranks.device, vocabulary=vocabulary)
         for draft in drafts:
             writer.add(draft)
