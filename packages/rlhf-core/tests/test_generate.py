@@ -289,7 +289,7 @@ def test_packed_layers_give_the_same_and_are_plain_again_afterwards():
             found = model(ids).logits
     assert len(own) == len(forwards) == 15
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert [m.forward for m in model.modules() if type(m) is torch.nn.Linear] == forwards
+    assert [m.forward for m in model.modules() if isinstance(m, torch.nn.Linear)] == forwards
     assert all(weight is weights[name] for name, weight in model.named_parameters())
     model(ids).logits.sum().backward()  # gradients flow again
     assert all(weight.grad is not None for weight in weights.values())

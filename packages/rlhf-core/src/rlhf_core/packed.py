@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.models.backbone import Head
+
 
 @contextmanager
 def packed(model: nn.Module, rows: int) -> Iterator[None]:
@@ -20,7 +22,7 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
     half to three quarters.
 
     Layers of other kinds, number formats and devices, and those that ZeRO-3 has split, are left alone. The copies take as much
-    memory as the weights and go away at the end.
+    memory as the weights and go away at the end. A head is called for logits only.
 
     Args:
         model: whose layers; their weights must not change inside.
@@ -40,8 +42,8 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 def can_be_packed(module: nn.Module) -> bool:
-    """Whether it is a plain linear layer whose whole weight is here, in float32 on the CPU, and that nobody has wrapped."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__ or hasattr(module.weight, "ds_id"):
+    """Whether it is a plain linear layer (or a head) whose whole weight is here, in float32 on the CPU, and not wrapped."""
+    if type(module) not in (nn.Linear, Head) or "forward" in module.__dict__ or hasattr(module.weight, "ds_id"):
         return False
     return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 
