@@ -225,6 +225,16 @@ def test_longer_prompts_of_a_batch_go_first_and_later_batches_wait() -> None:
     assert order == [1, 3, 2, 0, 10]
 
 
+def test_requests_with_an_earlier_turn_overtake_those_that_nobody_writes_yet() -> None:
+    run = started(vllm_num_engines=1, max_num_seqs=1)
+    run.engines.submit(make_requests(4), turn=2)
+    run.engines.submit([Request(10, np.arange(5, dtype=np.int32), 0, 2, 1.0, 1.0, 8)], turn=1)
+    order = []
+    while run.engines.outstanding:
+        order += [number for number, _ in run.engines.collect()]
+    assert order == [1, 10, 3, 2, 0]
+
+
 def test_a_slow_engine_leaves_what_is_left_to_faster_ones() -> None:
     run = started(max_num_seqs=100)
     slow = run.writers[1]

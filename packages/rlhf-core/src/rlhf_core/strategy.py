@@ -70,6 +70,8 @@ class Strategy(Ranks):
                 config=self.deepspeed_config(),
                 dist_init_required=False,
             )
+        if self.world_size == 1 and self.parallel.zero_stage == 0:
+            engine.enable_backward_allreduce = False  # with nobody: it would copy all gradients to and fro
         torch.manual_seed(self.seed + self.rank)  # dropout differs between ranks, weights did not
         return engine
 

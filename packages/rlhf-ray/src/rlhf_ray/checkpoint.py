@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.checkpoint import Checkpoints, exported
+from rlhf_core.checkpoint import CheckpointError, Checkpoints, exported
 from rlhf_core.config import CheckpointConfig
 from rlhf_core.strategy import Alone
 from rlhf_data.errors import InputError
+from rlhf_ray.cluster.backend import WorkerDied
 from rlhf_ray.cluster.group import WorkerGroup
 
 
@@ -31,6 +32,7 @@ class PPOCheckpoints:
 
         Raises:
             CheckpointError: it could not be written; what was there before is intact.
+            RunError: a role died.
         """
 
         def write(staging: Path) -> None:
@@ -40,7 +42,12 @@ class PPOCheckpoints:
                 if not any((staging / role.role).iterdir()):
                     raise OSError(f"what the {role.role} wrote is not here: its node has another folder of that name")
 
-        path = self.files.save(write, number, {"identity": self.identity} | state)
+        try:
+            path = self.files.save(write, number, {"identity": self.identity} | state)
+        except CheckpointError as error:
+            if error.__cause__ is not None and isinstance(error.__cause__.__cause__, WorkerDied):
+                raise error.__cause__ from error.__cause__.__cause__  # which is not about the disk
+            raise
         if self.config.save_hf_ckpt:
             self.roles[0].call("export", str(exported(path)))
 

@@ -15,6 +15,9 @@ from rlhf_ray.rollouts import Rollouts, batch_of, make_request
 HELD_OUT = 1
 """Added to the run's seed for held-out prompts, so that they are answered alike in every evaluation."""
 
+FIRST = -1
+"""The turn of held-out prompts: before those of any rollout: training waits for them."""
+
 
 def evaluate(prompts: Prompts, rollouts: Rollouts, roles: Roles, config: PPOConfig) -> dict[str, float]:
     """Answer every held-out prompt and judge the answers; those to other requests, which come in between, are kept.
@@ -37,7 +40,8 @@ def evaluate(prompts: Prompts, rollouts: Rollouts, roles: Roles, config: PPOConf
                 temperature=config.data.eval_temperature,
             )
             for request, number in numbers.items()
-        ]
+        ],
+        turn=FIRST,
     )
     answers: list[Answer] = []
     while len(answers) < len(prompts):

@@ -41,7 +41,10 @@ class Position:
     """Optimizer steps."""
 
     request: int = 0
-    """Number of the next rollout's first request."""
+    """Number of the first request that no rollout has had."""
+
+    begun: tuple[int, ...] = ()
+    """Numbers of the first requests of rollouts that are being written already (`--async`)."""
 
     samples: int = 0
     """Responses trained on."""
@@ -87,7 +90,13 @@ class PPO:
         written = self.resume()
         config, position = self.config, self.position
         self.rollouts = Rollouts(
-            self.data.train, self.roles.engines, config, self.context, position.rollout, position.request
+            self.data.train,
+            self.roles.engines,
+            config,
+            self.context,
+            position.rollout,
+            position.request,
+            position.begun,
         )
         with self.recorded(written):
             figures = self.sync()
@@ -148,7 +157,8 @@ class PPO:
         self.position = Position(
             position.rollout + 1,
             position.step + len(answers[0][0]),
-            self.rollouts.first_request,
+            self.rollouts.request,
+            self.rollouts.begun,
             position.samples + len(experience),
             position.tokens + len(experience.input_ids),
             self.updates,
@@ -226,7 +236,7 @@ class PPO:
     def write(self, figures: dict[str, float]) -> None:
         """One row of the record."""
         position = self.position
-        episode = position.request / len(self.data.train)
+        episode = (position.begun[0] if position.begun else position.request) / len(self.data.train)
         row = {"step": position.step, "rollout": position.rollout, "epoch": round(episode, 6)} | figures
         self.record.row(row)
         self.display.advance(position.rollout)

@@ -25,7 +25,7 @@ class Wanted:
     """Of the rollout in the run."""
 
     first: int
-    """Number of its first request, from which a resumed run asks again."""
+    """Number of its first request."""
 
     asked: int = 0
     """Requests made for it."""
@@ -50,18 +50,27 @@ class Rollouts:
         config: the run's options.
         context: longest sequence of the model, in tokens.
         rollout: number of the next rollout.
-        request: number of its first request.
+        request: number of the first request that no rollout has.
+        begun: numbers of the first requests of rollouts that had been asked and not trained on when a run stopped, the oldest
+            first: they are asked again.
     """
 
     def __init__(
-        self, prompts: Prompts, engines: Engines, config: PPOConfig, context: int, rollout: int = 0, request: int = 0
+        self,
+        prompts: Prompts,
+        engines: Engines,
+        config: PPOConfig,
+        context: int,
+        rollout: int = 0,
+        request: int = 0,
+        begun: Sequence[int] = (),
     ) -> None:
         self.prompts, self.engines, self.config, self.context = prompts, engines, config, context
         self.total = total_rollouts(config, len(prompts))
         self.order = Order(len(prompts), config.batch.seed)
         self.epoch: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
-        self.request = request
-        self.next = rollout
+        self.request, self.next = request, rollout
+        self.left = deque(begun)
         self.wanted: deque[Wanted] = deque()  # the oldest first
         self.owners: dict[int, Wanted] = {}
 
@@ -71,11 +80,13 @@ class Rollouts:
         Rollout r is trained on when the weights have seen r updates, so those that have seen at least r less the allowed
         staleness may write it.
         """
+        size = self.config.prompts_per_rollout
         while self.next < self.total and self.next <= version + self.config.max_staleness:
-            wanted = Wanted(self.next, self.request)
+            first = self.left.popleft() if self.left else self._new(size)
+            wanted = Wanted(self.next, first)
             self.wanted.append(wanted)
             self.next += 1
-            self._ask_for(wanted, self.config.prompts_per_rollout)
+            self._ask_for(wanted, range(first, first + size))
 
     @property
     def waiting(self) -> bool:
@@ -103,16 +114,17 @@ class Rollouts:
                 f"{size - count} of them had equal rewards (--max_filtered {self.config.rollout.max_filtered}): the task is too "
                 "easy or too hard for the policy, or the reward hardly varies"
             )
-        self._ask_for(wanted, count)
+        first = self._new(count)
+        self._ask_for(wanted, range(first, first + count))
 
     def finish(self) -> None:
         """Leave the oldest rollout behind: it has been trained on."""
         self.wanted.popleft()
 
     @property
-    def first_request(self) -> int:
-        """Number of the first request that no finished rollout has: where a resumed run goes on."""
-        return self.wanted[0].first if self.wanted else self.request
+    def begun(self) -> tuple[int, ...]:
+        """Numbers of the first requests of rollouts that have been asked and not trained on, see `Rollouts`."""
+        return (*(wanted.first for wanted in self.wanted), *self.left)
 
     def take(self, answers: Sequence[Answer]) -> None:
         """Give answers to the rollouts that they belong to."""
@@ -133,10 +145,13 @@ class Rollouts:
         ordered = sorted(answers, key=lambda answer: answer[0])
         return batch_of(ordered, [self.prompt_of(number) for number, _ in ordered], self.prompts)
 
-    def _ask_for(self, wanted: Wanted, count: int) -> None:
-        numbers = range(self.request, self.request + count)
+    def _new(self, count: int) -> int:
+        """Number of the first of some requests that no rollout has had."""
         self.request += count
-        wanted.asked += count
+        return self.request - count
+
+    def _ask_for(self, wanted: Wanted, numbers: range) -> None:
+        wanted.asked += len(numbers)
         wanted.waiting.update(numbers)
         self.owners.update(dict.fromkeys(numbers, wanted))
         rollout, seed = self.config.rollout, self.config.batch.seed
@@ -152,7 +167,8 @@ class Rollouts:
                     temperature=rollout.temperature,
                 )
                 for number in numbers
-            ]
+            ],
+            turn=wanted.number,
         )
 
 

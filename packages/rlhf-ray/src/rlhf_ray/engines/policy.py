@@ -23,8 +23,8 @@ class PolicyEngines:
         self.requests: list[Request] = []
         self.references: Sequence[object] = ()
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """See `Engines`."""
+    def submit(self, requests: Sequence[Request], turn: int = 0) -> None:
+        """See `Engines`. All requests are answered at once, so none comes before another."""
         self.requests += requests
 
     def collect(self) -> list[Answer]:

@@ -41,9 +41,9 @@ HEALTHY = {"float32": 0.005, "bfloat16": 0.05}
 """Mean difference of log-probs of engine and policy, in nats, up to which they have the same weights. On a CPU in float32 it is
 below 1e-4; in bfloat16, where every operation rounds to three digits, 0.001 to 0.03 is usual."""
 
-Waiting = tuple[int, int, int, Request]
-"""A request that nobody writes yet, after what decides its turn: when it came, how long its prompt is, and a number that is
-its own."""
+Waiting = tuple[int, int, int, int, Request]
+"""A request that nobody writes yet, after what decides when it is written: its turn, when it came, how long its prompt is, and a
+number that is its own."""
 
 
 @dataclass(eq=False)
@@ -127,12 +127,12 @@ class VLLMEngines:
 
         return Pending(group, "setup", [seat.call for seat in self.seats], finish)
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[Request], turn: int = 0) -> None:
         """See `Engines.submit`. Of requests that come together, those with long prompts go first."""
         self.batches += 1
         for request in requests:
             self.entries += 1
-            self._queue((self.batches, -len(request.prompt_ids), self.entries, request))
+            self._queue((turn, self.batches, -len(request.prompt_ids), self.entries, request))
         self.outstanding += len(requests)
         self._hand_out()
         self.deepest = max(self.deepest, len(self.queue))

@@ -63,8 +63,8 @@ Answer = tuple[int, tuple[Response, ...]]
 class Engines(Protocol):
     """All that writes responses for a run."""
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Have requests answered, after those that wait already."""
+    def submit(self, requests: Sequence[Request], turn: int = 0) -> None:
+        """Have requests answered, before those that wait with a later turn and after those with the same."""
         ...
 
     def collect(self) -> list[Answer]:
