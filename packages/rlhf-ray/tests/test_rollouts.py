@@ -48,8 +48,8 @@ class Recorder:
 def rollouts(engines: Recorder, given: dict[str, Any], *position: Any) -> Rollouts:
     flat = {
         "pretrain": "p", "prompt_data": "d", "reward_pretrain": "r.py", "vllm_num_engines": 1, "num_episodes": 100,
-        "rollout_batch_size": SIZE, "train_batch_size": SIZE, "micro_train_batch_size": 1, "micro_rollout_batch_size": 1,
-        "max_filtered": 4,
+        "rollout_batch_size": 2 * SIZE, "train_batch_size": 2 * SIZE, "micro_train_batch_size": 1, "micro_rollout_batch_size": 1,
+        "max_filtered": 4, "dynamic_filtering": True, "advantage_estimator": "rloo", "n_samples_per_prompt": 2,
     }  # fmt: skip
     return Rollouts(Texts(), engines, build(PPOConfig, flat | given), 64, *position)  # type: ignore[arg-type]
 
