@@ -28,7 +28,7 @@ def fine_tune(tmp_path_factory: pytest.TempPathFactory):
 
     def run(name: str, *options: str) -> tuple[Path, list[dict[str, float]]]:
         out = tmp_path_factory.mktemp("real")
-        arguments = ["train", "sft", "--pretrain", str(MODEL), "--dataset", str(SHARED / "data" / name), *options]
+        arguments = ["train", "sft", "--pretrain", str(MODEL), "--dataset", str(SHARED / "data" / name)]
         fixed = [
             "--data_cache_dir",
             str(out / "tokens"),
@@ -42,7 +42,7 @@ def fine_tune(tmp_path_factory: pytest.TempPathFactory):
             "1",
         ]
         subprocess.run(
-            [sys.executable, "-m", "rlhf_cli", *arguments, *fixed, "--packing_samples", "--eval_at_start", "--save_path", str(out)],
+            [sys.executable, "-m", "rlhf_cli", *arguments, *fixed, "--packing_samples", "--eval_at_start", "--save_path", str(out), *options],
             check=True, timeout=800, env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         return out, [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
@@ -53,13 +53,14 @@ def fine_tune(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def gsm8k(fine_tune):
     options = ["--input_key", "question", "--output_key", "answer", "--input_template", r"User: {}\nAssistant: "]
-    return fine_tune("gsm8k_train.jsonl", *options, "--max_samples", "2000", "--learning_rate", "1e-3")
+    batches = ["--train_batch_size", "8", "--micro_train_batch_size", "8"]
+    return fine_tune("gsm8k_train.jsonl", *options, "--max_samples", "1200", "--learning_rate", "2e-3", *batches)
 
 
 def test_the_held_out_loss_on_answers_falls_as_a_plain_loop_makes_it_fall(gsm8k):
     _, rows = gsm8k
     assert rows[0]["eval_loss"] == pytest.approx(7.0, abs=0.4)
-    assert rows[-1]["eval_loss"] < 2.25
+    assert rows[-1]["eval_loss"] < 2.1
     assert all(row["grad_norm"] < 50 for row in rows if "grad_norm" in row)
 
 
