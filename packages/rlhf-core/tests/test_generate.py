@@ -17,6 +17,7 @@ from transformers import (
 
 from rlhf_core.generate import Draft, Sampling, Writer, drawn, nucleus, penalised
 from rlhf_core.packed import packed
+from rlhf_data.errors import RunError
 
 EOS = 3
 CPU = torch.device("cpu")
@@ -227,6 +228,15 @@ def test_a_padded_head_is_left_out(model):
 def test_what_cannot_be_answered_is_refused(prompt, room):
     with pytest.raises(ValueError, match="cannot be answered"):
         Draft(prompt, 0, room)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SHAPED, Sampling()])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_model_whose_logits_are_not_numbers_is_told_apart_from_a_bad_draw(sampling, broken):
+    model = llama()
+    model.lm_head.weight.data[7] = broken
+    with pytest.raises(RunError, match=r"logits are not numbers .* weights are damaged"):
+        write(model, drafts(), sampling, 4)
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])

@@ -26,6 +26,7 @@ from rlhf_core.models.attention import padded_implementation
 from rlhf_core.models.policy import Policy
 from rlhf_core.packed import packed
 from rlhf_core.ranks import Ranks
+from rlhf_data.errors import RunError
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layers whose state is one key and one value per token, so that rows can be padded, cut and put together."""
@@ -147,6 +148,9 @@ class Writer:
 
         Returns:
             The responses that have one more token; those with a `finish_reason` are finished.
+
+        Raises:
+            RunError: the model's logits are not numbers.
         """
         free = self.size - len(self.growing)
         if self.waiting and 4 * free >= self.size:
@@ -210,6 +214,10 @@ class Writer:
         own = logits[:, : self.vocabulary]
         scored = (logits / how.scale if how.scale != 1 else logits) if how.logps_at_temperature else own
         scored = scored.log_softmax(1)
+        if scored[:, 0].isnan().any():  # one such number makes its whole row so
+            raise RunError(
+                "the model's logits are not numbers (NaN or infinite): its weights are damaged, or overflow in this dtype"
+            )
         if how.repetition_penalty != 1:
             own = penalised(own, torch.stack([draft.seen for draft in drafts]), how.repetition_penalty)  # type: ignore[misc]
         if how.greedy:
