@@ -1,4 +1,4 @@
-"""A policy of two ranks is that of one: the same rollout, log-probs, update and weights, at any ZeRO stage."""
+"""A policy and a critic of two ranks are those of one: the same rollout, log-probs, values, update and weights, at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("policy_ranks.py")
+SCRIPT = Path(__file__).with_name("ppo_ranks.py")
 
 
 def options(tiny: Path, stage: int) -> dict[str, Any]:
@@ -24,11 +24,10 @@ def options(tiny: Path, stage: int) -> dict[str, Any]:
         "rollout": {
             "rollout_batch_size": 8, "n_samples_per_prompt": 4, "temperature": 0.7, "generate_max_len": 12,
         },
-        "experience": {"advantage_estimator": "rloo"},
         "ppo": {"enable_ema": True, "ema_beta": 0.5},
         "batch": {"train_batch_size": 8, "seed": 7},
-        "optim": {"actor_learning_rate": 1e-3, "lr_warmup_ratio": 0.0},
-        "cluster": {"actor_num_gpus_per_node": 2},
+        "optim": {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "lr_warmup_ratio": 0.0},
+        "cluster": {"actor_num_gpus_per_node": 2, "critic_num_gpus_per_node": 2},
         "parallel": {"zero_stage": stage},
     }  # fmt: skip
 
@@ -48,33 +47,39 @@ def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a single rank finds, and where it exported its average to."""
-    from rlhf_ray.workers.policy import PolicyWorker
-
-    spec = importlib.util.spec_from_file_location("policy_ranks", SCRIPT)
+    """What a single rank finds of each role, and the folder it exported to."""
+    spec = importlib.util.spec_from_file_location("ppo_ranks", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("alone")
-    return module.go_through(PolicyWorker(0, 1), options(tiny, 0), None, folder) | {"folder": folder}
+    return module.go_through(0, 1, options(tiny, 0), None, folder) | {"folder": folder}
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", ["0", "3"])
-def test_two_ranks_make_the_update_that_one_makes(stage, two_ranks, one_rank):
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_two_ranks_make_the_update_that_one_makes(role, stage, two_ranks, one_rank):
     from safetensors.torch import load_file
 
-    found = json.loads((two_ranks / f"{stage}.json").read_text())
-    assert found["written"] == one_rank["written"]
-    for mine, alone in zip(found["logps"], one_rank["logps"], strict=False):
-        assert mine == pytest.approx(alone, abs=1e-5)
-    for figures, alone in zip(found["figures"], one_rank["figures"], strict=True):
-        assert figures == {name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in alone.items()}
-    weights = load_file(two_ranks / f"{stage}.safetensors")
-    assert weights.keys() == one_rank["weights"].keys()
+    found, alone = json.loads((two_ranks / f"{stage}-{role}.json").read_text()), one_rank[role]
+    assert found.get("written") == alone.get("written")
+    for mine, expected in zip(found["told"], alone["told"], strict=False):
+        assert mine == pytest.approx(expected, abs=1e-5)
+    for figures, expected in zip(found["figures"], alone["figures"], strict=True):
+        assert figures == {name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in expected.items()}
+    weights = load_file(two_ranks / f"{stage}-{role}.safetensors")
+    assert weights.keys() == alone["weights"].keys()
     for name, weight in weights.items():
-        assert (weight - one_rank["weights"][name]).abs().max() < 1e-4, name
-    average = load_file(two_ranks / f"export-{stage}" / "model.safetensors")
-    alone = load_file(one_rank["folder"] / "model.safetensors")
+        assert (weight - alone["weights"][name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_two_ranks_export_the_average_that_one_exports(stage, two_ranks, one_rank):
+    from safetensors.torch import load_file
+
+    average = load_file(two_ranks / stage / "policy" / "model.safetensors")
+    alone = load_file(one_rank["folder"] / "policy" / "model.safetensors")
     assert all((average[name] - alone[name]).abs().max() < 1e-4 for name in alone)
+    weights = one_rank["policy"]["weights"]
     assert max((average[name] - weights[name]).abs().max() for name in average) > 3e-4
