@@ -108,6 +108,8 @@ def model(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
 def _apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the user's account is read or written, and no rank that ran before is remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    # what vLLM learns of an architecture, in a process of its own: once for all
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.getbasetemp().parent / "vllm"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("RANK", "WORLD_SIZE", "WANDB_API_KEY"):

@@ -40,6 +40,7 @@ def run(place, tmp_path_factory):
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+        "VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp().parent / "vllm"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -63,7 +64,7 @@ printf '\\036' >> "$NOTED"
 
 @pytest.fixture
 def replay(run, rlhf, place, tmp_path, monkeypatch) -> Callable[..., str]:
-    """Run a script, and the `rlhf` commands in it in this process, which has imported torch already."""
+    """Run a script, and the `rlhf` commands in it in this process, which has imported torch already; vLLM in one of its own."""
     (tmp_path / "rlhf").write_text(NOTE)
     (tmp_path / "rlhf").chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -74,7 +75,11 @@ def replay(run, rlhf, place, tmp_path, monkeypatch) -> Callable[..., str]:
         noted.unlink(missing_ok=True)
         run(*command, PATH=path, NOTED=str(noted), **extra)
         for line in noted.read_text().split("\036")[:-1]:
-            answer = rlhf(line.split("\037")[:-1])
+            arguments = line.split("\037")[:-1]
+            if "generate_vllm" in arguments:
+                shown += run("rlhf", *arguments)
+                continue
+            answer = rlhf(arguments)
             assert answer.code == 0, answer.out[-2000:] + answer.err[-2000:]
             shown += answer.out
         return shown
@@ -238,8 +243,10 @@ def test_the_command_of_openrlhf_s_ppo_users_fits_what_the_quickstart_leaves(rep
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_iterative_dpo_runs_with_vllm(run, scored):
-    shown = run("bash", str(EXAMPLES / "iterative_dpo.sh"), TRAINING_ITERS="1", OUT="quickstart/examples/vllm", **SMALL)
+def test_iterative_dpo_runs_with_vllm(replay, scored):
+    shown = replay(
+        "bash", str(EXAMPLES / "iterative_dpo.sh"), TRAINING_ITERS="1", OUT="quickstart/examples/vllm", **SMALL
+    )
     assert "engine:    vllm" in shown and there(scored / "examples/vllm/checkpoint") >= MODEL
 
 

@@ -86,12 +86,12 @@ def test_the_result_loads_in_transformers_and_writes_in_the_manner_it_was_taught
 
 
 def test_chat_rows_train(fine_tune):
-    _, rows = fine_tune("chat_sft.jsonl", "--apply_chat_template", "--max_samples", "300", "--learning_rate", "1e-3")
+    _, rows = fine_tune("chat_sft.jsonl", "--apply_chat_template", "--max_samples", "200", "--learning_rate", "1e-3")
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.5
 
 
 def test_continued_pre_training_keeps_the_perplexity_low(fine_tune):
-    _, rows = fine_tune("stories.jsonl", "--pretrain_mode", "--max_samples", "300", "--learning_rate", "1e-4")
+    _, rows = fine_tune("stories.jsonl", "--pretrain_mode", "--max_samples", "200", "--learning_rate", "1e-4")
     assert rows[0]["eval_perplexity"] < 8
     assert rows[-1]["eval_perplexity"] < rows[0]["eval_perplexity"]
 

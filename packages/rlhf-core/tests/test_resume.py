@@ -194,30 +194,29 @@ sft.train(SFTConfig.model_validate_json(sys.argv[1]))
 """
 
 
-def run(config, *, kill: int | None = None) -> int:
-    """Run SFT in a process of its own; with `kill`, end it by SIGKILL while the checkpoint of that step is being written."""
+def killed(config, step: int) -> int:
+    """Run SFT in a process of its own, and end it by SIGKILL while the checkpoint of a step is being written; its status."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, config.model_dump_json()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    staging = Path(config.checkpoint.save_path) / "checkpoints" / f".writing-global_step{kill}"
+    staging = Path(config.checkpoint.save_path) / "checkpoints" / f".writing-global_step{step}"
     deadline = time.monotonic() + 120
-    if kill is not None:
-        while not staging.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+    while not staging.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
     return process.wait(timeout=120)
 
 
-def test_kill_minus_nine_while_a_checkpoint_is_written(options, tmp_path, monkeypatch):
+def test_kill_minus_nine_while_a_checkpoint_is_written(options, train, tmp_path, monkeypatch):
     """SIGKILL twice while a checkpoint is written, each time continued: the end is that of the uninterrupted run."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     given = {"max_epochs": 2, "save_steps": 1, "max_ckpt_num": 2}
-    assert run(options(save_path=str(tmp_path / "whole"), **given)) == 0
-    cut = options(save_path=str(tmp_path / "cut"), load_checkpoint=True, **given)
+    train("sft", save_path=str(tmp_path / "whole"), **given)
+    cut = {"save_path": str(tmp_path / "cut"), "load_checkpoint": True, **given}
     for step in (3, 7):
-        assert run(cut, kill=step) == -signal.SIGKILL
-    assert run(cut) == 0
+        assert killed(options(**cut), step) == -signal.SIGKILL
+    train("sft", **cut)
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     read = [
         [json.loads(line) for line in (tmp_path / r / "run/metrics.jsonl").read_text().splitlines()]

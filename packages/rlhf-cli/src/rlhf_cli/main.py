@@ -6,7 +6,7 @@ import os
 import sys
 from functools import partial
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,6 +61,11 @@ def quickstart(config: QuickstartConfig) -> None:
     quickstart(config)
 
 
+def call(module: str, function: str, *args: Any, **options: Any) -> None:
+    """Import a function and call it: only ranks need what it imports, not the process that starts them."""
+    getattr(import_module(module), function)(*args, **options)
+
+
 def add_training(name: str, config: type[TrainConfig]) -> None:
     """`rlhf train NAME`: the function `train` of `rlhf_core.methods.NAME`, on every rank."""
 
@@ -68,8 +73,7 @@ def add_training(name: str, config: type[TrainConfig]) -> None:
     def run(config: TrainConfig, dry_run: DryRun = False) -> None:
         from rlhf_cli.launch import launch
 
-        method = import_module(f"rlhf_core.methods.{name}")
-        launch(config.parallel, partial(method.train, config), dry_run=dry_run)
+        launch(config.parallel, partial(call, f"rlhf_core.methods.{name}", "train", config), dry_run=dry_run)
 
 
 for name, config in METHODS.items():
@@ -95,9 +99,8 @@ def generate(config: GenerateConfig, dry_run: DryRun = False) -> None:
 @command(app, "score", ScoreConfig)
 def score(config: ScoreConfig, dry_run: DryRun = False) -> None:
     from rlhf_cli.launch import launch
-    from rlhf_infer.score import score
 
-    launch(config.parallel, partial(score, config), dry_run=dry_run)
+    launch(config.parallel, partial(call, "rlhf_infer.score", "score", config), dry_run=dry_run)
 
 
 @command(app, "infer", InferConfig)
