@@ -130,7 +130,7 @@ def test_a_computation_divided_among_ranks_is_that_of_all_samples(ranks: int, bu
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_every_rank_gets_as_many_micro_batches_and_every_sample_is_in_one(size: int, ranks: int, budget: int | None):
     rollout = make_rollout(np.random.default_rng(0).integers(1, 20, 23).tolist())
-    plan = divided(rollout, ranks, size, budget)
+    plan = divided(rollout.lengths, rollout.groups, ranks, size, budget)
     assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
     batches = [row for rank in plan for row in rank]
     assert sorted(np.concatenate(batches).tolist()) == list(range(23))
@@ -142,15 +142,18 @@ def test_every_rank_gets_as_many_micro_batches_and_every_sample_is_in_one(size: 
 
 def test_ranks_get_about_as_many_tokens():
     rollout = make_rollout([100, 1, 1, 1, 1, 1, 1, 1, 1, 92], None)
-    loads = [sum(int(rollout.lengths[row].sum()) for row in rank) for rank in divided(rollout, 2, 10, None)]
+    loads = [
+        sum(int(rollout.lengths[row].sum()) for row in rank)
+        for rank in divided(rollout.lengths, rollout.groups, 2, 10, None)
+    ]
     assert max(loads) / min(loads) < 1.1
 
 
 def test_responses_to_one_prompt_stay_together():
     rollout = make_rollout([5] * 12, [n // 4 for n in range(12)])
-    rows = [row.tolist() for rank in divided(rollout, 3, 8, None) for row in rank]
+    rows = [row.tolist() for rank in divided(rollout.lengths, rollout.groups, 3, 8, None) for row in rank]
     assert sorted(rows) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    rows = [row.tolist() for rank in divided(rollout, 2, 2, None) for row in rank if len(row)]
+    rows = [row.tolist() for rank in divided(rollout.lengths, rollout.groups, 2, 2, None) for row in rank if len(row)]
     assert sorted(rows) == [[n, n + 1] for n in range(0, 12, 2)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -23,8 +24,8 @@ def optimizer_steps(
     *,
     kl_coef: float,
     reduction: Reduction,
-) -> list[list[Step]]:
-    """All optimizer steps that a rollout makes, for every rank of a role.
+) -> Iterator[list[Step]]:
+    """All optimizer steps that a rollout makes, for one rank of a role after the other.
 
     Which samples are in which step depends on the seed, the rollout and the epoch, not on the ranks. Responses to one prompt
     stay together where a step is made of whole groups, so that their prompt is computed once.
@@ -38,20 +39,27 @@ def optimizer_steps(
         reduction: what the loss is a mean of.
     """
     size, epochs = config.batch.train_batch_size, config.batch.max_epochs
-    group = group_size(config)
     per_epoch = -(-len(experience) // size)
-    found: list[list[Step]] = [[] for _ in range(ranks)]
+    trained = experience.by_sample(experience.mask.astype(np.int64))
+    planned = []
     for epoch in range(epochs):
-        order = shuffled(len(experience), group, [config.batch.seed, rollout_number, epoch])
+        order = shuffled(len(experience), group_size(config), [config.batch.seed, rollout_number, epoch])
         for place in range(per_epoch):
-            samples = experience.select(order[place * size : (place + 1) * size])
-            number = (rollout_number * epochs + epoch) * per_epoch + place
-            divisor = divisor_of(samples, config, reduction)
-            plan = divided(samples, ranks, config.batch.micro_train_batch_size, token_budget(config))
-            for rank, micro_batches in enumerate(plan):
-                parts = [part_of(samples, row) for row in micro_batches]
-                found[rank].append(Step(parts, divisor, kl_coef, number))
-    return found
+            samples = order[place * size : (place + 1) * size]
+            plan = divided(
+                experience.lengths[samples],
+                experience.groups[samples],
+                ranks,
+                config.batch.micro_train_batch_size,
+                token_budget(config),
+            )
+            divisor = divisor_of(trained[samples], config, reduction)
+            planned.append(((rollout_number * epochs + epoch) * per_epoch + place, samples, plan, divisor))
+    for rank in range(ranks):
+        yield [
+            Step([part_of(experience, samples[row]) for row in plan[rank]], divisor, kl_coef, number)
+            for number, samples, plan, divisor in planned
+        ]
 
 
 def group_size(config: PPOConfig) -> int:
@@ -75,12 +83,18 @@ def token_budget(config: PPOConfig) -> int | None:
     return config.batch.packing_tokens or config.batch.micro_train_batch_size * longest
 
 
-def divisor_of(samples: Experience, config: PPOConfig, reduction: Reduction) -> float:
-    """What the loss of a step is divided by: its trained tokens, its responses that have some, or all tokens it could have."""
+def divisor_of(trained: NDArray[np.int64], config: PPOConfig, reduction: Reduction) -> float:
+    """What the loss of a step is divided by: its trained tokens, its responses that have some, or all tokens it could have.
+
+    Args:
+        trained: tokens that are trained of each response in the step, `[N]`.
+        config: the run's options.
+        reduction: which of the three.
+    """
     match reduction:
         case "token":
-            return float(max(1, samples.mask.sum()))
+            return float(max(1, trained.sum()))
         case "sequence":
-            return float(max(1, (samples.by_sample(samples.mask.astype(np.int64)) > 0).sum()))
+            return float(max(1, (trained > 0).sum()))
         case "constant":
-            return float(len(samples) * config.rollout.generate_max_len)
+            return float(len(trained) * config.rollout.generate_max_len)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -79,7 +79,7 @@ class Rollout:
             TARGETS: int(self.response_lengths.sum()),
             SAMPLES: len(self.prompt_lengths),
         }
-        return {f.name: sizes[f.metadata["per"]] for f in fields(self)}
+        return {name: sizes[what] for name, what in columns_of(type(self))}
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -123,19 +123,20 @@ class Rollout:
     def select(self, places: Sequence[int] | NDArray[np.int64]) -> Self:
         """Some of the samples, in the order given."""
         places = np.asarray(places, np.int64)
-        slices = {TOKENS: slices_of(self.cu_seqlens, places), TARGETS: slices_of(self.target_bounds, places)}
+        runs = runs_of(places)
+        slices = {TOKENS: slices_of(self.cu_seqlens, runs), TARGETS: slices_of(self.target_bounds, runs)}
         chosen: dict[str, Any] = {}
-        for f in fields(self):
-            values, what = getattr(self, f.name), f.metadata["per"]
+        for name, what in columns_of(type(self)):
+            values = getattr(self, name)
             if values is not None:
                 values = values[places] if what == SAMPLES else joined(values, slices[what])
-            chosen[f.name] = values
+            chosen[name] = values
         return type(self)(**chosen)
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
         """All samples of some batches, one batch after the other. What one of them lacks, all do."""
-        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name, _ in columns_of(cls)}
         lacking = {name for name, values in columns.items() if any(value is None for value in values)}
         whole: dict[str, Any] = {name: np.concatenate(v) for name, v in columns.items() if name not in lacking}
         return cls(**whole | dict.fromkeys(lacking))
@@ -178,12 +179,18 @@ class Experience(Rollout):
     @classmethod
     def of(cls, rollout: Rollout, **columns: Any) -> Experience:
         """A rollout with more columns."""
-        own: dict[str, Any] = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
+        own: dict[str, Any] = {name: getattr(rollout, name) for name, _ in columns_of(Rollout)}
         return cls(**own, **columns)
 
     def with_columns(self, **columns: Any) -> Experience:
         """The same with some columns replaced."""
         return replace(self, **columns)
+
+
+@cache
+def columns_of(batch: type[Rollout]) -> tuple[tuple[str, str], ...]:
+    """Names of the columns of a batch, each with what it has one entry for."""
+    return tuple((f.name, f.metadata["per"]) for f in fields(batch))
 
 
 def offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -199,7 +206,7 @@ def take(values: NDArray[Any], bounds: NDArray[np.int64], places: NDArray[np.int
         bounds: where each starts, and the end, `[N+1]`.
         places: which.
     """
-    return joined(values, slices_of(bounds, places))
+    return joined(values, slices_of(bounds, runs_of(places)))
 
 
 def put(values: NDArray[Any], bounds: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[Any]:
@@ -211,7 +218,7 @@ def put(values: NDArray[Any], bounds: NDArray[np.int64], places: NDArray[np.int6
         places: which they are; each is there once.
     """
     out, done = np.empty_like(values), 0
-    for start, stop in slices_of(bounds, places):
+    for start, stop in slices_of(bounds, runs_of(places)):
         out[start:stop] = values[done : done + stop - start]
         done += stop - start
     return out
@@ -222,11 +229,15 @@ def joined(values: NDArray[Any], slices: Sequence[tuple[int, int]]) -> NDArray[A
     return np.concatenate([values[start:stop] for start, stop in slices]) if slices else values[:0]
 
 
-def slices_of(bounds: NDArray[np.int64], places: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Where the parts at some places start and stop; those that follow each other are one slice."""
+def runs_of(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where runs of consecutive places begin, and where they end (the place behind the last)."""
     if not len(places):
-        return []
-    breaks = np.flatnonzero(places[1:] - places[:-1] != 1)
-    firsts = np.concatenate([places[:1], places[breaks + 1]])
-    lasts = np.concatenate([places[breaks], places[-1:]])
-    return list(zip(bounds[firsts].tolist(), bounds[lasts + 1].tolist(), strict=True))
+        return places, places
+    breaks = np.flatnonzero(places[1:] - places[:-1] != 1) + 1
+    return places[np.append(0, breaks)], places[np.append(breaks, len(places)) - 1] + 1
+
+
+def slices_of(bounds: NDArray[np.int64], runs: tuple[NDArray[np.int64], NDArray[np.int64]]) -> list[tuple[int, int]]:
+    """Where the parts of each run start and stop; `bounds` as of `take`."""
+    first, end = runs
+    return list(zip(bounds[first].tolist(), bounds[end].tolist(), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rlhf_data.batching import plan_micro_batches
 from rlhf_data.errors import InputError, RunError
 from rlhf_ray.cluster.backend import Backend, Place, Unexpected, WorkerDied
-from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, put, take
+from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, joined, put, slices_of
 
 T = TypeVar("T")
 
@@ -77,8 +77,8 @@ class WorkerGroup:
         """Have all ranks do the same."""
         return self.start_each(verb, [args] * len(self))
 
-    def start_each(self, verb: str, arguments: Sequence[Sequence[Any]]) -> Pending[list[Any]]:
-        """Have every rank do its own part."""
+    def start_each(self, verb: str, arguments: Iterable[Sequence[Any]]) -> Pending[list[Any]]:
+        """Have every rank do its own part; these are made one by one, as ranks are called."""
         calls = zip(self.handles, arguments, strict=True)
         return Pending(self, verb, [self.backend.call(rank, verb, *own) for rank, own in calls], list)
 
@@ -109,8 +109,8 @@ class WorkerGroup:
         Returns:
             What gives the arrays of all samples, in the order of `rollout`.
         """
-        plan = divided(rollout, len(self), size, token_budget)
-        parts = [([part_of(rollout, row) for row in rank], *args) for rank in plan]
+        plan = divided(rollout.lengths, rollout.groups, len(self), size, token_budget)
+        parts = (([part_of(rollout, row) for row in rank], *args) for rank in plan)
         order = np.concatenate([row for rank in plan for row in rank])
         bounds = {TARGETS: rollout.target_bounds, SAMPLES: np.arange(len(rollout) + 1)}
 
@@ -264,27 +264,30 @@ def suspicion(error: Exception) -> int:
     return 2
 
 
-def divided(rollout: Rollout, ranks: int, size: int, token_budget: int | None) -> list[list[NDArray[np.int64]]]:
-    """Places of the samples in the micro-batches of every rank: each has as many, of about as many tokens.
+def divided(
+    lengths: NDArray[np.int64], groups: NDArray[np.int64], ranks: int, size: int, token_budget: int | None
+) -> list[list[NDArray[np.int64]]]:
+    """Places of samples in the micro-batches of every rank: each has as many, of about as many tokens.
 
     Adjacent responses to one prompt stay together as far as micro-batches and ranks allow, so that their prompt is computed
     once.
 
     Args:
-        rollout: the samples.
+        lengths: tokens of each sample, `[N]`.
+        groups: the request that each sample answers, `[N]`.
         ranks: to divide them among.
         size: most samples of a micro-batch.
         token_budget: most tokens of a micro-batch; None to count samples.
     """
-    most = min(size, -(-len(rollout) // ranks))
+    most = min(size, -(-len(lengths) // ranks))
     if token_budget is not None:
-        most = min(most, max(1, token_budget // int(rollout.lengths.max())))
-    starts, width = units(rollout.groups, most)
-    lengths = np.diff(rollout.cu_seqlens[np.append(starts, len(rollout))])
-    budget = None if token_budget is None else max(token_budget, int(lengths.max()))
-    plan = plan_micro_batches(lengths, ranks, max(1, size // width), budget)
-    everything = np.arange(len(rollout))
-    return [[take(everything, np.append(starts, len(rollout)), row) for row in rank] for rank in plan]
+        most = min(most, max(1, token_budget // int(lengths.max())))
+    starts, width = units(groups, most)
+    tokens = np.add.reduceat(lengths, starts)
+    budget = None if token_budget is None else max(token_budget, int(tokens.max()))
+    plan = plan_micro_batches(tokens, ranks, max(1, size // width), budget)
+    everything, bounds = np.arange(len(lengths)), np.append(starts, len(lengths))
+    return [[joined(everything, slices_of(bounds, (row, row + 1))) for row in rank] for rank in plan]
 
 
 def units(groups: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], int]:
