@@ -169,7 +169,7 @@ class PPO:
         steps = optimizer_steps(
             experience, self.config, self.position.rollout, len(group), kl_coef=self.kl.coef, reduction=reduction
         )
-        return group.start_each("update", [(rank,) for rank in steps])
+        return group.start_each("update", ((rank,) for rank in steps))
 
     def sync(self) -> dict[str, float]:
         """Give the policy's weights to the engines, if they have changed."""
