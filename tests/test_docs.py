@@ -188,10 +188,12 @@ def flags_of(generator: ModuleType, command: str) -> set[str]:
 
 def test_every_flag_in_the_pages_is_an_option(generator):
     """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
-    known = {"--help", "--version", "--no_", "--method"}
+    known = {"--help", "--version", "--no_"}
     known |= {"--group", "--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
-    known |= {"--csft_prompt", "--address", "--head", "--model", "--data", "--pairs", "--draw"}
+    known |= {"--csft_prompt", "--address", "--head"}
     known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache", "--is_rm", "--normalize_reward"}
+    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("(--\w+)"', benchmark.read_text(encoding="utf-8")))
     known = known.union(*(flags_of(generator, command) for command in generator.CONFIGS))
     for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):
         flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
