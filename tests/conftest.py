@@ -138,6 +138,7 @@ def sft(tiny: Path, data: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 METHODS = {
+    "sft": {"input_key": "question", "output_key": "response"},
     "rm": {"prompt_key": "question"},
     "dpo": {"prompt_key": "question"},
     "kto": {"input_key": "question", "output_key": "response", "input_template": ""},

@@ -222,8 +222,8 @@ def scored(replay, place) -> Path:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_rejection_sampling_runs_with_vllm_and_goes_on_from_its_log(run, replay, scored):
-    shown = run("bash", str(EXAMPLES / "rejection_sampling.sh"), TRAINING_ITERS="1", **SMALL)
+def test_rejection_sampling_runs_with_vllm_and_goes_on_from_its_log(replay, scored):
+    shown = replay("bash", str(EXAMPLES / "rejection_sampling.sh"), TRAINING_ITERS="1", **SMALL)
     folder = scored / "examples/rejection"
     assert there(folder) >= MODEL | {"generate.jsonl", "rm.jsonl"} and "engine:    vllm" in shown
     assert (folder / "iter.log").read_text() == "1\n"
