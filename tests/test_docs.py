@@ -174,19 +174,23 @@ def test_every_command_in_the_pages_is_one_that_exists(generator):
             assert any(words.startswith(command) for command in known), f"{named(page)}: {words}"
 
 
-def flags_of(generator: ModuleType, command: str) -> set[str]:
-    """Every flag that a command takes."""
+@pytest.fixture(scope="module")
+def flags_of(generator: ModuleType) -> dict[str, set[str]]:
+    """Every flag that a command takes, by command."""
     from rlhf_cli.options import markers, options
     from rlhf_data.config import Alias
 
-    flags = {flag for name, parsed in generator.commands() if name == command for p in parsed.params for flag in p.opts}
-    for name, field, _ in options(generator.CONFIGS[command]):
-        flags |= {f"--{name}"} | {f"--{extra.name}" for extra in markers(field) if isinstance(extra, Alias)}
-        flags |= {f"--no_{name}"} if field.annotation in (bool, bool | None) else set()
-    return flags
+    found = {command: {flag for p in parsed.params for flag in p.opts} for command, parsed in generator.commands()}
+    for command, config in generator.CONFIGS.items():
+        for name, field, _ in options(config):
+            found[command] |= {f"--{name}"} | {
+                f"--{extra.name}" for extra in markers(field) if isinstance(extra, Alias)
+            }
+            found[command] |= {f"--no_{name}"} if field.annotation in (bool, bool | None) else set()
+    return found
 
 
-def test_every_flag_in_the_pages_is_an_option(generator):
+def test_every_flag_in_the_pages_is_an_option(flags_of):
     """Those of other programs, and those of OpenRLHF that we do not have, are listed here."""
     known = {"--help", "--version", "--no_"}
     known |= {"--group", "--no_local_rank", "--nproc_per_node", "--module", "--no_group", "--extra"}
@@ -194,19 +198,19 @@ def test_every_flag_in_the_pages_is_an_option(generator):
     known |= {"--ring_attn_size", "--ring_head_stride", "--disable_trace_cache", "--is_rm", "--normalize_reward"}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--\w+)"', benchmark.read_text(encoding="utf-8")))
-    known = known.union(*(flags_of(generator, command) for command in generator.CONFIGS))
+    known = known.union(*flags_of.values())
     for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):
         flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
         assert {"--" + flag[2:].replace("-", "_") for flag in flags} - known == set(), named(page)
 
 
-def test_every_command_in_the_pages_takes_its_flags(generator):
+def test_every_command_in_the_pages_takes_its_flags(generator, flags_of):
     for path in (*PAGES, *(ROOT / "examples").glob("*.sh")):
         text = path.read_text(encoding="utf-8")
         blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) if path.suffix == ".md" else [text]
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         for command in generator.CONFIGS:
-            known = flags_of(generator, command) | {"--help"}
+            known = flags_of[command] | {"--help"}
             for line in (line for line in lines if re.match(rf"(?:uv run )?{command}\b", line)):
                 flags = {"--" + flag[2:].replace("-", "_") for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)}
                 assert flags <= known, f"{named(path)}: {line}"

@@ -50,15 +50,15 @@ def wait_for_lines(path: Path, count: int, process: Any) -> None:
         time.sleep(0.005)
 
 
-def test_a_killed_generation_goes_on_to_the_bytes_of_an_uninterrupted_one(generate, start, finish, rlhf, tmp_path):
+def test_a_killed_generation_goes_on_to_the_bytes_of_an_uninterrupted_one(generate, start, rlhf, tmp_path):
     options = {"max_new_tokens": 48, "micro_batch_size": 1, "repetition_penalty": 1.1}
-    command = generate(output_path="killed.jsonl", **options)
+    command = generate(output_path=tmp_path / "killed.jsonl", **options)
     killed = start([sys.executable, "-m", "rlhf_cli", *command])
     wait_for_lines(tmp_path / "killed.jsonl.partial", 6, killed)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed.jsonl").exists()
-    again = finish(start([sys.executable, "-m", "rlhf_cli", *command]), SECONDS)
+    again = rlhf(command)
     assert again.code == 0, again.err
     assert "this one goes on behind them" in again.out
     whole = rlhf(generate(output_path=tmp_path / "whole.jsonl", **options))
