@@ -31,18 +31,6 @@ pytestmark = [
 
 DRIVER = """
 import os, threading
-from ray._private import services
-
-whole, asked = services.get_node, []
-
-def get_node(*args):
-    asked.append(args)
-    if len(asked) == 1:
-        raise Exception("The current node timed out during startup.")
-    return whole(*args)
-
-services.get_node = get_node
-
 from rlhf_ray.cluster.backend import Place
 from rlhf_ray.cluster.ray import connect
 from rlhf_ray.config import ClusterConfig
@@ -50,11 +38,10 @@ from rlhf_ray.config import ClusterConfig
 with connect(ClusterConfig(ray_address="local")) as backend:
     rank = backend.start(threading.Event, place=Place(), name="rank")
     backend.result(backend.call(rank, "is_set"))
-    assert len(asked) > 1
     print(os.environ["RAY_AUTH_TOKEN"], flush=True)
     backend.wait([backend.call(rank, "wait")], 200)
 """
-"""A program that waits for a worker on a Ray of its own, which is there at the second attempt only."""
+"""A program that waits for a worker on a Ray of its own."""
 
 STARTER = """
 import os, sys

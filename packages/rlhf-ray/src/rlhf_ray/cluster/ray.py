@@ -396,7 +396,7 @@ def start_own() -> Callable[[], None]:
     os.environ.update(given)
     forget_token()
     try:
-        leave = started()
+        leave = initialise("local", num_cpus=cores(), include_dashboard=False, object_store_memory=store_size())
     except Exception as error:  # Ray's start fails in many ways, each with errors of its own
         restore()
         raise RunError(f"Ray does not start on this machine: {one_line(error)[:500]}") from error
@@ -406,22 +406,6 @@ def start_own() -> Callable[[], None]:
         restore()
 
     return end
-
-
-def started() -> Callable[[], None]:
-    """Start a Ray, a second time if the first is not there within the 30 seconds that Ray gives itself; returns what ends it."""
-    options = {"num_cpus": cores(), "include_dashboard": False, "object_store_memory": store_size()}
-    try:
-        return initialise("local", **options)
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        from ray._private import node
-
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if isinstance(half := frame.f_locals.get("self"), node.Node):
-                half.kill_all_processes(check_alive=False, allow_graceful=False)  # Ray would only do so at exit
-    return initialise("local", **options)
 
 
 def forget_token() -> None:
