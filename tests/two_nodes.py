@@ -10,12 +10,17 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 PROGRAMS = Path(sys.executable).parent
 STORE = 100_000_000
+
+AGENT = 120
+"""Seconds in which the agent of the head node, which takes jobs, must be there: Ray itself refuses a job after 10."""
 
 
 def main(command: list[str]) -> int:
@@ -25,11 +30,22 @@ def main(command: list[str]) -> int:
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             cluster.add_node(**both)
+            wait_for_agent(cluster)
             server = f"http://{cluster.head_node.webui_url}"
             submit = [str(PROGRAMS / "ray"), "job", "submit", "--address", server, "--", str(PROGRAMS / "rlhf")]
             return subprocess.run([*submit, *command], check=False).returncode
         finally:
             cluster.shutdown()
+
+
+def wait_for_agent(cluster: Cluster) -> None:
+    """Return when the head node takes jobs."""
+    end = time.monotonic() + AGENT
+    client, key = GcsClient(address=cluster.address), f"DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX:{cluster.head_node.node_id}"
+    while not client.internal_kv_get(key.encode(), namespace=b"dashboard"):
+        if time.monotonic() > end:
+            raise TimeoutError(f"the head node's agent is not there after {AGENT} s")
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":
