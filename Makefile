@@ -11,15 +11,15 @@ install:  ## Create the environment: all packages, CPU engines, test tools
 	uv sync
 
 format:  ## Rewrite the code in the house style
-	uv run ruff format packages tests examples docs benchmarks
-	uv run ruff check --fix packages tests examples docs benchmarks
+	uv run ruff format
+	uv run ruff check --fix
 
 lint:  ## Check style and the usual mistakes
-	uv run ruff check packages tests examples docs benchmarks
-	uv run ruff format --check packages tests examples docs benchmarks
+	uv run ruff check
+	uv run ruff format --check
 
 types:  ## Check types
-	uv run pyright packages/*/src
+	uv run basedpyright
 
 test:  ## Run all tests
 	uv run pytest
@@ -34,9 +34,13 @@ isolated:  ## Run each package's tests with only its declared dependencies
 docs:  ## Regenerate docs/cli.md from the options
 	uv run python docs/generate_cli.py
 
-bench:  ## Measure training beside TRL, and the losses beside full logits
+bench:  ## Measure training and PPO beside TRL, the losses beside full logits, inference beside bare vLLM
 	uv run --group bench python benchmarks/sft.py
+	uv run --group bench python benchmarks/preferences.py --method dpo
+	uv run --group bench python benchmarks/ppo.py
+	uv run python benchmarks/ppo_scale.py
 	uv run python benchmarks/losses.py
+	uv run python benchmarks/inference.py generate
 	uv run python benchmarks/inference.py score
 
 ci:  ## What CI runs
