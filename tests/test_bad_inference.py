@@ -223,7 +223,7 @@ def test_scoring_that_cannot_work_is_refused(options, more, says, bench, rlhf, t
     given = options(bench) if callable(options) else options
     before = sorted(tmp_path.rglob("*"))
     refused(rlhf(["score", *flags(usual, given), *more]), says)
-    assert sorted(path for path in tmp_path.rglob("*") if path.name != "__pycache__") == before
+    assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
 
 
 TASKS = [

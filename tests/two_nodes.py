@@ -26,7 +26,8 @@ AGENT = 120
 def main(command: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # a short path: Ray's sockets are in it
         both = {"num_cpus": 1, "object_store_memory": STORE, "temp_dir": folder}
-        head = both | {"include_dashboard": True, "dashboard_port": 0}
+        # ports of its own: at the usual ones there may still be what another Ray leaves behind for a minute
+        head = both | {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": 0}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             cluster.add_node(**both)
