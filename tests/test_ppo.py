@@ -281,7 +281,8 @@ def test_a_job_on_a_cluster_of_two_nodes_has_all_roles_on_the_same_devices(
     )  # fmt: skip
     job = tmp_path / "job.json"
     job.write_text(json.dumps(command))
-    answer = finish(start([sys.executable, str(Path(__file__).with_name("two_nodes.py")), str(job)]), SECONDS)
+    nodes = [sys.executable, str(Path(__file__).with_name("two_nodes.py")), str(job)]
+    answer = finish(start(nodes, RAY_ENABLE_UV_RUN_RUNTIME_ENV="0"), SECONDS)  # the tests may run below `uv run`
     assert answer.code == 0, answer.out[-4000:] + answer.err[-4000:]
     assert len(set(re.findall(r"/[0-9a-f]{6}", answer.out.partition("Placement")[2].partition("\n  ")[0]))) == 2, (
         answer.out

@@ -51,9 +51,10 @@ from rlhf_ray.config import ClusterConfig
 
 with connect(ClusterConfig(ray_address="local")):
     print(ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"], flush=True)
+    print(dict(ray.get_runtime_context().runtime_env), flush=True)
     sys.stdin.read()
 """
-"""A program that keeps a Ray of its own until its input ends, and says where it is."""
+"""A program that keeps a Ray of its own until its input ends, says where it is, and what environment it makes for its workers."""
 
 
 class Awkward(Exception):
@@ -129,6 +130,7 @@ def own_ray() -> Iterator[RayBackend]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (OWN | {"RAY_AUTH_TOKEN": token}).items():
                 patch.setenv(name, value)
+            patch.setattr("ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV", False)
             forget_token()
             with connect(ClusterConfig(ray_address=address, start_timeout=60)) as backend:
                 yield backend
@@ -262,6 +264,17 @@ def test_a_driver_that_is_told_to_end_takes_its_ray_with_it():
     finally:
         driver.kill()
         driver.communicate()
+
+
+def test_below_uv_run_the_workers_of_an_own_ray_use_the_environment_that_there_is(tmp_path: Path):
+    """Ray asks whether an ancestor is `uv run`: here a shell of that name, with a script of that name."""
+    (tmp_path / "uv").symlink_to("/bin/sh")
+    (tmp_path / "run").write_text('"$@"\n')
+    command = [str(tmp_path / "uv"), "run", sys.executable, "-c", STARTER]
+    shown = subprocess.run(
+        command, cwd=tmp_path, input="", capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert shown.splitlines()[1] == "{}"
 
 
 def processes_with(token: str) -> list[str]:

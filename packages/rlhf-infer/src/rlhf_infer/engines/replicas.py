@@ -21,6 +21,7 @@ from typing import Any
 from rlhf_data.errors import InputError, RunError
 from rlhf_infer.config import EngineConfig, EngineName, GenerateConfig, SamplingConfig
 from rlhf_infer.engines.engine import Completion, Engine, Request
+from rlhf_infer.engines.own_ray import same_environment
 
 ROUNDS = 8
 """How many times over a block of prompts fills an engine: at the end of a block the engine is not full."""
@@ -245,13 +246,14 @@ def join_ray() -> bool:
             nodes = sum(node["Alive"] for node in ray.nodes())
             print(f"joined the running Ray cluster of {nodes} node{'s' * (nodes != 1)}", flush=True)
             return True
-    ray.init(
-        "local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=STORE,  # prompts are in files: only answers pass through it
-    )
+    with same_environment():
+        ray.init(
+            "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=STORE,  # prompts are in files: only answers pass through it
+        )
     print("started a Ray cluster on this machine", flush=True)
     return True
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_data.errors import InputError, RunError
+from rlhf_infer.engines.own_ray import same_environment
 from rlhf_ray.cluster.backend import Place, Unexpected, WorkerDied
 from rlhf_ray.cluster.placement import Node, Plan, Slot, cores, counted
 from rlhf_ray.config import ClusterConfig
@@ -396,7 +397,8 @@ def start_own() -> Callable[[], None]:
     os.environ.update(given)
     forget_token()
     try:
-        leave = initialise("local", num_cpus=cores(), include_dashboard=False, object_store_memory=store_size())
+        with same_environment():
+            leave = initialise("local", num_cpus=cores(), include_dashboard=False, object_store_memory=store_size())
     except Exception as error:  # Ray's start fails in many ways, each with errors of its own
         restore()
         raise RunError(f"Ray does not start on this machine: {one_line(error)[:500]}") from error
