@@ -240,7 +240,6 @@ def test_a_killed_driver_leaves_nothing_running_and_the_run_goes_on_until_the_po
     options = {
         "actor_num_gpus_per_node": 2, "remote_rm_url": server.url, "remote_rm_timeout": 1, "ref_reward_offload": True,
         "init_kl_coef": 0.05, "kl_target": 0.05, "kl_horizon": 100, "save_steps": 2, "max_rollouts": 6, "enable_ema": True,
-        "advantage_estimator": "reinforce",
     }  # fmt: skip
     first = start(ppo(**options))
     ranks: list[psutil.Process] = []

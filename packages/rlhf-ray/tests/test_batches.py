@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_data.options import build
-from rlhf_ray.batches import Reduction, divisor_of, optimizer_steps
+from rlhf_ray.batches import Reduction, divisor_of, optimizer_steps, token_budget
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.rollout import Experience
 from rlhf_ray.workers.step import Step
@@ -47,7 +47,8 @@ def experience(config: PPOConfig, seed: int = 0) -> Experience:
 
 
 def divide(config: PPOConfig, rollout: int = 0, ranks: int = 1, reduction: Reduction = "token") -> list[list[Step]]:
-    return list(optimizer_steps(experience(config), config, rollout, ranks, kl_coef=0.25, reduction=reduction))
+    made = experience(config)
+    return list(optimizer_steps(made, config, rollout, ranks, longest=LONGEST, kl_coef=0.25, reduction=reduction))
 
 
 def samples_of(steps: list[Step]) -> list[int]:
@@ -59,6 +60,9 @@ def order_of(config: PPOConfig, rollout: int = 0, ranks: int = 1) -> list[list[i
     """Numbers of the samples of every optimizer step, sorted."""
     return [sorted(samples_of(list(steps))) for steps in zip(*divide(config, rollout, ranks), strict=True)]
 
+
+LONGEST = 8 + 16
+"""Most tokens of a sample."""
 
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -146,8 +150,15 @@ def test_ranks_have_about_as_many_tokens():
 def test_packed_micro_batches_keep_to_their_tokens(tokens):
     config = options(packing_samples=True, packing_tokens=tokens, micro_train_batch_size=4)
     parts = [part for step in divide(config)[0] for part in step.parts]
-    assert max(len(part.batch.input_ids) for part in parts) <= (tokens or 4 * (8 + 16))
+    assert max(len(part.batch.input_ids) for part in parts) <= (tokens or 4 * LONGEST)
     assert len(parts) < 24
+
+
+def test_a_micro_batch_is_as_large_as_that_many_of_the_longest_samples_that_the_model_takes():
+    config = options(packing_samples=True, micro_train_batch_size=4, prompt_max_len=1000)
+    assert token_budget(config, LONGEST) == 4 * LONGEST
+    assert token_budget(options(packing_samples=True, packing_tokens=30), LONGEST) == 30
+    assert token_budget(options(), LONGEST) is None
 
 
 @pytest.mark.parametrize(("reduction", "expected"), [("token", 1 + 2 + 4), ("sequence", 3), ("constant", 4 * 16)])
@@ -164,7 +175,7 @@ def test_a_loss_is_divided_by_what_is_trained(reduction, expected):
         advantages=np.zeros(10, np.float32),
     )  # fmt: skip
     assert divisor_of(data.by_sample(data.mask.astype(np.int64)), config, reduction) == expected
-    ((step,),) = optimizer_steps(data, config, 0, 1, kl_coef=0, reduction=reduction)
+    ((step,),) = optimizer_steps(data, config, 0, 1, longest=LONGEST, kl_coef=0, reduction=reduction)
     assert step.divisor == expected
 
 

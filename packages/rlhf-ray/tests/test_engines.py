@@ -354,6 +354,15 @@ def test_an_engine_with_stale_weights_is_found() -> None:
         run.engines.sync(1)
 
 
+def test_an_engine_that_keeps_the_weights_it_has_read_itself_is_found_at_the_first_update() -> None:
+    run = started()
+    for writer in run.writers:
+        writer.update = lambda manifest, version: None  # type: ignore[method-assign]
+    run.policy.weights = 1
+    with pytest.raises(RunError, match="does not write with the policy's weights"):
+        run.engines.sync(1)
+
+
 def test_an_engine_whose_weights_are_no_numbers_is_found() -> None:
     run = started(check_sync_steps=1)
     run.policy.weights = float("nan")  # type: ignore[assignment]
@@ -361,7 +370,7 @@ def test_an_engine_whose_weights_are_no_numbers_is_found() -> None:
         run.engines.sync(1)
 
 
-@pytest.mark.parametrize(("every", "compared"), [(0, 0), (-1, 1), (2, 4), (50, 1)])
+@pytest.mark.parametrize(("every", "compared"), [(0, 0), (-1, 2), (2, 4), (50, 2)])
 def test_engines_are_compared_with_the_policy_as_often_as_asked(every: int, compared: int) -> None:
     run = Run(check_sync_steps=every)
     run.engines.ready.result()

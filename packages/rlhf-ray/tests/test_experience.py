@@ -156,6 +156,20 @@ def test_responses_are_compared_after_they_have_paid_for_their_divergence():
     assert of_whole(in_loss[0]) == pytest.approx(of_whole(make_experience(given, options("rloo"), 0.0)[0]), abs=1e-6)
 
 
+def test_grpo_makes_nothing_of_equal_rewards_whose_divergence_differs():
+    """Their deviation would be that of the divergence alone, and divided by it noise is as large as any reward."""
+    given = judged((1.0,) * len(SCORES))
+    assert given.logps is not None and given.reference_logps is not None
+    price = 0.3 * given.rollout.by_sample(given.logps - given.reference_logps)
+    _, group = np.unique(given.rollout.groups, return_inverse=True)
+    means = np.bincount(group, price) / np.bincount(group)
+    found = of_whole(make_experience(given, options("grpo"), 0.3)[0])
+    assert found == pytest.approx(means[group] - price, abs=1e-6)
+    rewarded = of_whole(make_experience(judged(), options("grpo"), 0.3)[0])
+    free = of_whole(make_experience(judged(), options("grpo"), 0.0)[0])
+    assert rewarded == pytest.approx(np.array(free) + found, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("estimator", "reward"), [("k1", lambda x: x), ("k2", lambda x: x**2 / 2), ("k3", lambda x: np.exp(-x) - 1 + x)]
 )

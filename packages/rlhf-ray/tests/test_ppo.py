@@ -247,6 +247,11 @@ def test_rewards_that_never_differ_end_a_filtered_run_with_the_reason(options, t
     [
         ({"kl_horizon": 5}, "--kl_horizon would do nothing without --kl_target"),
         ({"max_num_seqs": 5}, "--max_num_seqs would do nothing without --vllm_num_engines of 1 or more"),
+        ({"gamma": 0.9}, "--gamma would do nothing without an estimator over time"),
+        ({"value_clip": 0.5}, "--value_clip would do nothing without a critic"),
+        ({"kl_estimator": "k2"}, "--kl_estimator would do nothing without --init_kl_coef above 0"),
+        ({"packing_tokens": 99}, "--packing_tokens would do nothing without --packing_samples"),
+        ({"remote_rm_retries": 2}, "--remote_rm_retries would do nothing without --remote_rm_url"),
         ({"max_staleness": 3}, "--max_staleness would do nothing without --async"),
         ({"advantage_estimator": "reinforce", "normalize_advantages": False}, "reinforce is whitened by definition"),
         ({"async_rollouts": True}, "--async writes beside the policy's training: set --vllm_num_engines"),

@@ -154,6 +154,7 @@ class Server:
     """Stands in for a reward server."""
 
     describe = "a stand-in"
+    futures = ()
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -35,8 +36,18 @@ class Meeting(NamedTuple):
 
 
 def open_meeting(address: str, world_size: int) -> dist.TCPStore:
-    """A store for ranks to meet at, on a port (`.port`) that the system chooses. It must be kept while they need each other."""
-    return dist.TCPStore(address, 0, world_size, is_master=True, wait_for_workers=False)
+    """A store for ranks to meet at, on a port (`.port`) that the system chooses. It must be kept while they need each other.
+
+    It listens at the address alone: who reaches a store can join its ranks.
+    """
+    family, *_ = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.bind((address, 0))
+    listening.listen()
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        address, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
 
 
 class Patience(Protocol):

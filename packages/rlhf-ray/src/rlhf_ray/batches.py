@@ -22,6 +22,7 @@ def optimizer_steps(
     rollout_number: int,
     ranks: int,
     *,
+    longest: int,
     kl_coef: float,
     reduction: Reduction,
 ) -> Iterator[list[Step]]:
@@ -35,6 +36,7 @@ def optimizer_steps(
         config: the run's options.
         rollout_number: of the rollout in the run.
         ranks: of the role.
+        longest: most tokens of a sample.
         kl_coef: price of a nat, where it is in the loss.
         reduction: what the loss is a mean of.
     """
@@ -51,7 +53,7 @@ def optimizer_steps(
                 experience.groups[samples],
                 ranks,
                 config.batch.micro_train_batch_size,
-                token_budget(config),
+                token_budget(config, longest),
             )
             divisor = divisor_of(trained[samples], config, reduction)
             planned.append(((rollout_number * epochs + epoch) * per_epoch + place, samples, plan, divisor))
@@ -75,11 +77,15 @@ def shuffled(count: int, group: int, seed: list[int]) -> NDArray[np.int64]:
     return places[places < count]
 
 
-def token_budget(config: PPOConfig) -> int | None:
-    """Most tokens of a micro-batch, with `--packing_samples`."""
+def token_budget(config: PPOConfig, longest: int) -> int | None:
+    """Most tokens of a micro-batch, with `--packing_samples`.
+
+    Args:
+        config: the run's options.
+        longest: most tokens of a sample.
+    """
     if not config.batch.packing_samples:
         return None
-    longest = config.rollout.max_len or config.data.prompt_max_len + config.rollout.generate_max_len
     return config.batch.packing_tokens or config.batch.micro_train_batch_size * longest
 
 

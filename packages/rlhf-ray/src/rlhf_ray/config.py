@@ -111,8 +111,8 @@ class EngineConfig(Config):
     """Run engines without CUDA graphs."""
 
     check_sync_steps: Annotated[int, Field(ge=-1)] = 50
-    """Compare log-probs of policy and engines after the first update of their weights and then every so many; -1 only after
-    the first, 0 never."""
+    """Compare log-probs of policy and engines at the start, after the first update, and then every so many updates; -1 only the
+    first two times, 0 never."""
 
     engine_restarts: Annotated[int, Field(ge=0)] = 3
     """How often engines that die are started anew in a run; after that the run ends."""
@@ -478,6 +478,11 @@ class PPOConfig(Config):
     logging: PPOLoggingConfig = PPOLoggingConfig()
 
     @property
+    def longest(self) -> int:
+        """Most tokens that a prompt and its response may have together, as far as the options say."""
+        return self.rollout.max_len or self.data.prompt_max_len + self.rollout.generate_max_len
+
+    @property
     def needs_critic(self) -> bool:
         return self.experience.advantage_estimator == "gae"
 
@@ -612,6 +617,16 @@ class PPOConfig(Config):
             "--kl_target": (experience.kl_target is not None, experience, ("kl_horizon",)),
             "--enable_ema": (self.ppo.enable_ema, self.ppo, ("ema_beta",)),
             "--advantage_estimator gae": (self.needs_critic, experience, ("lambd",)),
+            "a critic (--advantage_estimator gae)": (self.needs_critic, self.ppo, ("value_clip",)),
+            "an estimator over time, gae or reinforce": (
+                experience.advantage_estimator not in GROUPED, experience, ("gamma",),
+            ),
+            "--init_kl_coef above 0": (self.needs_reference, experience, ("kl_estimator", "use_kl_estimator_k3")),
+            "a reference model (--init_kl_coef above 0)": (self.needs_reference, self.model, ("ref_pretrain",)),
+            "--packing_samples": (self.batch.packing_samples, self.batch, ("packing_tokens",)),
+            "--remote_rm_url": (
+                bool(self.rewards.remote_rm_url), self.rewards, ("remote_rm_timeout", "remote_rm_retries"),
+            ),
             "--pretrain_data": (self.data.pretrain_data is not None, self.ppo, ("ptx_coef",)),
             "--overlong_buffer_len or --truncated_responses penalise": (
                 experience.overlong_buffer_len is not None or experience.truncated_responses == "penalise",

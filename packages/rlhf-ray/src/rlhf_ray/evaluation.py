@@ -49,7 +49,9 @@ def evaluate(prompts: Prompts, rollouts: Rollouts, roles: Roles, config: PPOConf
             answers.append(answer) if answer[0] < 0 else rollouts.take([answer])
     answers.sort(key=lambda answer: -answer[0])
     rollout = batch_of(answers, [numbers[request] for request, _ in answers], prompts)
-    scores, parts = roles.rewards.start(rollout, prompts).result()
+    rewards = roles.rewards.start(rollout, prompts)
+    roles.wait(rewards.calls, rewards.servers)
+    scores, parts = rewards.result()
     figures = {"eval_reward": float(scores.mean())}
     figures |= {f"eval_{name}": mean for name, mean in means_of(parts).items()}
     if n > 1:

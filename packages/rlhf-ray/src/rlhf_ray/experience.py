@@ -91,11 +91,16 @@ def length_penalty(rollout: Rollout, config: PPOConfig) -> NDArray[np.float32]:
     return penalty
 
 
+def clipped(scores: NDArray[np.float32], config: PPOConfig) -> NDArray[np.float32]:
+    """Rewards of responses as they count, `[N]`: within `--reward_clip_range`."""
+    return np.clip(scores, *config.experience.reward_clip_range).astype(np.float32)
+
+
 def make_experience(judged: Judged, config: PPOConfig, kl_coef: float) -> tuple[Experience, Figures]:
     """Advantages of every response token, and the figures of the rollout.
 
     Where the KL divergence is paid for in the rewards, `gae` and `reinforce` take it from the reward of each token, and the
-    estimators that compare responses take a response's sum of it from its reward before they compare.
+    estimators that compare responses compare a response's sum of it too.
 
     Args:
         judged: the responses of one rollout, whole groups.
@@ -104,14 +109,14 @@ def make_experience(judged: Judged, config: PPOConfig, kl_coef: float) -> tuple[
     """
     rollout, options = judged.rollout, config.experience
     penalty = length_penalty(rollout, config)
-    scores = np.clip(judged.scores, *options.reward_clip_range).astype(np.float32) - penalty
+    scores = clipped(judged.scores, config) - penalty
     kept = ~(rollout.truncated & (options.truncated_responses == "mask"))
     mask = rollout.per_target(kept)
     kl = divergence(judged, config)
     paid = np.zeros(rollout.num_targets, np.float32) if kl is None or options.use_kl_loss else kl
-    shaped = scores - np.float32(kl_coef) * rollout.by_sample(paid)
+    price = np.float32(kl_coef) * rollout.by_sample(paid)
     if options.advantage_estimator in GROUPED:
-        advantages, returns = rollout.per_target(compared(shaped, rollout.groups, kept, config)), None
+        advantages, returns = rollout.per_target(compared(scores, price, rollout.groups, kept, config)), None
     else:
         advantages, returns = over_time(judged, scores, paid, config, kl_coef)
     if whitens(config):
@@ -126,7 +131,7 @@ def make_experience(judged: Judged, config: PPOConfig, kl_coef: float) -> tuple[
         logps=judged.logps,
         reference_logps=judged.reference_logps,
     )
-    return experience, figures_of(judged, experience, config, kl, shaped, penalty)
+    return experience, figures_of(judged, experience, config, kl, scores - price, penalty)
 
 
 def whitens(config: PPOConfig) -> bool:
@@ -150,19 +155,31 @@ def divergence(judged: Judged, config: PPOConfig) -> NDArray[np.float32] | None:
 
 
 def compared(
-    scores: NDArray[np.float32], groups: NDArray[np.int64], kept: NDArray[np.bool_], config: PPOConfig
+    scores: NDArray[np.float32],
+    price: NDArray[np.float32],
+    groups: NDArray[np.int64],
+    kept: NDArray[np.bool_],
+    config: PPOConfig,
 ) -> NDArray[np.float32]:
     """Advantages of whole responses, from comparing those to one prompt, `[N]`.
 
     Responses that are not trained on are compared with the others all the same: what they earned is known. Whitening, which
     is of those that are, does not see them.
+
+    Args:
+        scores: of the responses, `[N]`.
+        price: of their divergence, `[N]`. `grpo` scales rewards only: where all are equal, a deviation that is nothing but
+            divergence would make advantages of full size of its noise.
+        groups: what each answers, `[N]`.
+        kept: whether each is trained on, `[N]`.
+        config: the run's options.
     """
-    x, ids = tensor(scores), tensor(groups)
+    x, ids = tensor(scores - price), tensor(groups)
     match config.experience.advantage_estimator:
         case "rloo":
             return leave_one_out(x, ids).numpy()
         case "grpo":
-            return group_normalised(x, ids).numpy()
+            return (group_normalised(tensor(scores), ids) - group_centred(tensor(price), ids)).numpy()
         case "dr_grpo":
             return group_centred(x, ids).numpy()
         case _:
@@ -266,7 +283,7 @@ def figures_of(
             "explained_variance": explained,
         }
     if config.rollout.n_samples_per_prompt > 1:
-        figures["groups_without_spread"] = 1 - informative(scores, rollout.groups).mean()
+        figures["groups_without_spread"] = 1 - informative(clipped(scores, config), rollout.groups).mean()
     return {name: float(value) for name, value in figures.items()}
 
 

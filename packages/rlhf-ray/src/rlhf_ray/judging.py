@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rlhf_ray.cluster.group import Pending
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.engines.request import Answer
-from rlhf_ray.experience import Judged, informative
+from rlhf_ray.experience import Judged, clipped, informative
 from rlhf_ray.roles import Roles
 from rlhf_ray.rollout import SAMPLES, TARGETS, Rollout, take
 from rlhf_ray.rollouts import Rollouts
@@ -75,10 +75,14 @@ class Judging:
         chunks = [chunk for chunk in self.chunks if len(chunk.rollout)]
         for chunk in chunks:
             self._ask_models(chunk)
-        self.roles.wait([call for chunk in chunks for call in chunk.calls.values()])
-        for chunk in chunks:
-            if chunk.scores is None:
-                chunk.scores, chunk.parts = chunk.rewards.result()
+        unjudged = [chunk for chunk in chunks if chunk.scores is None]
+        calls = [call for chunk in chunks for call in chunk.calls.values()]
+        self.roles.wait(
+            [*calls, *(call for chunk in unjudged for call in chunk.rewards.calls)],
+            [answer for chunk in unjudged for answer in chunk.rewards.servers],
+        )
+        for chunk in unjudged:
+            chunk.scores, chunk.parts = chunk.rewards.result()
         rollout = Rollout.concat([chunk.rollout for chunk in chunks])
         samples = np.argsort(rollout.groups, kind="stable")  # they were judged as they came
         computed = [{role: call.result() for role, call in chunk.calls.items()} for chunk in chunks]
@@ -109,8 +113,9 @@ class Judging:
 
     def _filter(self, chunk: Chunk) -> None:
         """Leave out the responses to prompts whose responses are all worth the same."""
+        self.roles.wait(chunk.rewards.calls, chunk.rewards.servers)
         scores, parts = chunk.rewards.result()
-        places = np.flatnonzero(informative(scores, chunk.rollout.groups))
+        places = np.flatnonzero(informative(clipped(scores, self.config), chunk.rollout.groups))
         self.dropped += len(scores) - len(places)
         chunk.rollout, chunk.scores = chunk.rollout.select(places), scores[places]
         chunk.parts = {name: values[places] for name, values in parts.items()}

@@ -167,7 +167,13 @@ class PPO:
 
     def start_update(self, group: WorkerGroup, experience: Experience, reduction: str) -> Pending[Any]:
         steps = optimizer_steps(
-            experience, self.config, self.position.rollout, len(group), kl_coef=self.kl.coef, reduction=reduction
+            experience,
+            self.config,
+            self.position.rollout,
+            len(group),
+            longest=self.context,
+            kl_coef=self.kl.coef,
+            reduction=reduction,
         )
         return group.start_each("update", ((rank,) for rank in steps))
 

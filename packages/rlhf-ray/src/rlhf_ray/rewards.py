@@ -6,6 +6,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -147,9 +148,7 @@ def longest_sample(config: PPOConfig) -> int:
     """Most tokens that a prompt and its response have together."""
     from rlhf_core.models.load import load_model_config
 
-    rollout = config.rollout
-    most = rollout.max_len or config.data.prompt_max_len + rollout.generate_max_len
-    return min(most, context_of(load_model_config(config.model)) or most)
+    return min(config.longest, context_of(load_model_config(config.model)) or config.longest)
 
 
 def context_of(architecture: Any) -> int | None:
@@ -264,12 +263,19 @@ class PendingRewards:
         count: responses.
         asked: what gives each source's judgement.
         calls: those of worker groups among them, for whoever waits for several things.
+        servers: what reward servers among them are to answer, likewise.
     """
 
     def __init__(
-        self, rewards: Rewards, count: int, asked: Sequence[Callable[[], Judgement]], calls: Sequence[Pending[Any]]
+        self,
+        rewards: Rewards,
+        count: int,
+        asked: Sequence[Callable[[], Judgement]],
+        calls: Sequence[Pending[Any]],
+        servers: Sequence[Future[Any]],
     ) -> None:
-        self.rewards, self.count, self.asked, self.calls = rewards, count, asked, calls
+        self.rewards, self.count, self.asked = rewards, count, asked
+        self.calls, self.servers = calls, servers
 
     def result(self) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         """Wait for all sources.
@@ -326,15 +332,17 @@ class Rewards:
             prompts: what they answer, by `rollout.prompts`.
         """
         responses = Responses(rollout, prompts)
-        asked, calls = [], []
+        asked, calls, futures = [], [], []
         for source in self.sources:
             if source.kind == "server":
-                asked.append(self._ask_server(source, responses))
+                answer = self.servers[source.name].start(responses.asked)
+                futures += answer.futures
+                asked.append(lambda answer=answer: Judgement(answer.result()))
                 continue
             call = self._ask_workers(source, responses)
             calls.append(call)
             asked.append(lambda call=call: merged(call.result()))
-        return PendingRewards(self, len(rollout), asked, calls)
+        return PendingRewards(self, len(rollout), asked, calls, futures)
 
     def close(self) -> None:
         """Ask servers nothing more."""
@@ -357,10 +365,6 @@ class Rewards:
             weighted = [source.weight * rewards for source, rewards in zip(self.sources, each, strict=True)]
             total = checked("--reward_weights: the sum of all rewards", np.sum(weighted, axis=0).tolist(), count)
         return total.astype(np.float32), parts
-
-    def _ask_server(self, source: Source, responses: Responses) -> Callable[[], Judgement]:
-        pending = self.servers[source.name].start(responses.asked)
-        return lambda: Judgement(pending.result())
 
     def _ask_workers(self, source: Source, responses: Responses) -> Pending[list[Judgement]]:
         """Ask a model, all of whose ranks hear the same, or a function, whose ranks hear a share each."""

@@ -97,7 +97,9 @@ class Rollouts:
         """Answers of the oldest rollout that nobody has taken; waits for the first."""
         wanted = self.wanted[0]
         while not wanted.answers:
-            self.take(self.engines.collect())
+            answers = self.engines.collect()
+            assert answers, f"rollout {wanted.number} waits for answers that nobody writes"
+            self.take(answers)
         answers, wanted.answers = wanted.answers, []
         return answers
 

@@ -129,11 +129,10 @@ def check_folders(config: PPOConfig) -> None:
 
 def context_of(config: PPOConfig, model_config: Any) -> int:
     """Longest prompt and response together, in tokens: what the options say, or less where the model's context ends."""
-    wanted = config.rollout.max_len or config.data.prompt_max_len + config.rollout.generate_max_len
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and config.rollout.max_len and config.rollout.max_len > limit:
         raise InputError(f"--max_len {config.rollout.max_len}: {config.model.pretrain} takes {limit} tokens")
-    return min(wanted, limit or wanted)
+    return min(config.longest, limit or config.longest)
 
 
 def other_model(config: PPOConfig, name: str, option: str) -> tuple[str, Any]:

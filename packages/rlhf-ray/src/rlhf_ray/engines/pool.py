@@ -142,7 +142,7 @@ class VLLMEngines:
         while not self.answers and self.outstanding:
             if self._joining:
                 self._admit()
-            self._listen(self.timeout)
+            self._listen(self.timeout, "call_timeout")
         answers, self.answers = self.answers, []
         return answers
 
@@ -172,7 +172,8 @@ class VLLMEngines:
         figures = {"sync_seconds": time.perf_counter() - start, "sync_bytes": sent}
         self.syncs += 1
         every = self.config.engines.check_sync_steps
-        if every and (self.syncs == 1 or (every > 0 and self.syncs % every == 0)):
+        # the first sync brings what engines have read themselves; that weights arrive at all shows in the second
+        if every and (self.syncs <= 2 or (every > 0 and self.syncs % every == 0)):
             figures["sync_logp_gap"] = self._compare()
         self._hand_out()
         return figures
@@ -240,14 +241,14 @@ class VLLMEngines:
         seat.call = self.backend.call(seat.handle, verb, *args)
         self.calls[seat.call] = seat
 
-    def _listen(self, seconds: float) -> None:
-        """Wait for an engine to answer, and see to all that did."""
+    def _listen(self, seconds: float, option: str) -> None:
+        """Wait for an engine to answer, as long as an option says, and see to all that did."""
         if not self.calls:
             raise RunError("requests wait, and no engine has weights to write with: `sync` comes first")
         ready = self.backend.wait(list(self.calls), seconds)
         if not ready:
             verbs = sorted({"poll" if seat.is_ready else "setup" for seat in self.calls.values()})
-            raise RunError(silence(self.calls.values(), "`, `".join(verbs), seconds, "call_timeout"))
+            raise RunError(silence(self.calls.values(), "`, `".join(verbs), seconds, option))
         self._hear(ready)
 
     def _hear(self, ready: Iterable[Any]) -> None:
@@ -331,7 +332,7 @@ class VLLMEngines:
         while True:
             members = [seat for seat in self.seats if seat.is_ready]
             if not members:
-                self._listen(self.config.cluster.start_timeout)
+                self._listen(self.config.cluster.start_timeout, "start_timeout")
                 continue
             errors = {} if self.connected else self._connect(members)
             if not errors:
@@ -463,7 +464,8 @@ class VLLMEngines:
         while left:
             ready = self.backend.wait(list(left), max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RunError(silence(left.values(), verb, seconds, option))
+                before = "".join(f"; before that, {seat} failed: {said(error)}" for seat, error in errors.items())
+                raise RunError(silence(left.values(), verb, seconds, option) + before)
             for reference in ready:
                 seat = left.pop(reference)
                 try:

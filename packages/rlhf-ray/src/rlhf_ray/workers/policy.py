@@ -89,6 +89,7 @@ class PolicyWorker(TrainedWorker):
 
     def reference_logps(self, parts: list[Part]) -> list[tuple[NDArray[np.float32]]]:
         """The same of the model that training started from: with the adapter off."""
+        self.reload()
         self.engine.eval()
         return list(token_logps(self.engine, parts, self.config, self.share, self.strategy.device, adapter=False))
 

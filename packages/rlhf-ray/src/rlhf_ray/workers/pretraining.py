@@ -11,21 +11,14 @@ from rlhf_data.config import SFTDataConfig
 from rlhf_data.errors import InputError
 from rlhf_data.sampler import Order
 from rlhf_data.sft import prepare_sft
+from rlhf_ray.batches import token_budget
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.rewards import longest_sample
 
 if TYPE_CHECKING:
     from rlhf_core.batch import Batch
     from rlhf_core.method import Window
     from rlhf_core.ranks import Ranks
-
-
-def longest_sequence(config: PPOConfig) -> int:
-    """Longest prompt and response together, in tokens: what the options say, or less where the model's context ends."""
-    from rlhf_core.models.load import load_model_config
-
-    wanted = config.rollout.max_len or config.data.prompt_max_len + config.rollout.generate_max_len
-    limit = getattr(load_model_config(config.model).get_text_config(), "max_position_embeddings", None)
-    return min(wanted, limit or wanted)
 
 
 class Pretraining:
@@ -44,10 +37,8 @@ class Pretraining:
     def __init__(self, config: PPOConfig, tokenizer: Any) -> None:
         self.size = config.batch.train_batch_size
         self.micro_size = config.batch.micro_train_batch_size
-        self.longest = longest_sequence(config)
-        self.token_budget = None
-        if config.batch.packing_samples:
-            self.token_budget = config.batch.packing_tokens or self.micro_size * self.longest
+        self.longest = longest_sample(config)
+        self.token_budget = token_budget(config, self.longest)
         try:
             data = prepare_sft(self.options(config), tokenizer, seed=config.batch.seed)
         except InputError as error:
