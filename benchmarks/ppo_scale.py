@@ -144,9 +144,11 @@ class Rank:
     def describe_weights(self, now: float) -> tuple[list[Any], float]:
         return [], 0.0
 
-    def send_weights(self, now: float) -> tuple[dict[str, float], float]:
-        return {"sync_bytes": 0.0}, SYNC
+    def send_weights(self, now: float) -> tuple[dict[str, int], float]:
+        return CHECKSUMS, SYNC
 
+
+CHECKSUMS = {f"model.layers.{number}.weight": number for number in range(300)}
 
 IDS = np.arange(LONGEST, dtype=np.int32)
 LOGPS = np.full(LONGEST, -1.0, np.float32)

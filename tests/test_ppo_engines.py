@@ -226,6 +226,26 @@ def test_a_weight_that_is_wrong_in_the_engine_is_found(run: Run, monkeypatch: py
     assert run.sync()["sync_logp_gap"] < 1e-4
 
 
+def test_one_wrong_bit_on_the_way_which_no_log_prob_shows_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_ray.engines import transfer
+
+    fill, written = transfer.fill, list[Any]()
+
+    def flip(buffer: Any, start: int, weight: Any) -> None:
+        fill(buffer, start, weight)
+        if not written:
+            buffer[start] ^= 1
+        written.append(weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "fill", flip)
+        with pytest.raises(
+            RunError, match=r"engine 0 has not loaded the policy's weights .* of 1 of \d+ differ, first of "
+        ):
+            run.sync()
+    assert run.sync()["sync_logp_gap"] < 1e-4
+
+
 def test_a_killed_engine_is_started_anew_and_its_requests_get_the_same_answers(run: Run) -> None:
     requests = requests_of(24)
     expected = ids(run.answers(requests))

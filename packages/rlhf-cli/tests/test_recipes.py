@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,6 +390,62 @@ def test_other_options_than_those_it_was_started_with_are_refused_by_name(config
         loop.run("rejection-sampling", config("rejection-sampling"))
 
 
+def test_options_may_change_as_long_as_nothing_has_been_written(config, steps, tmp_path):
+    steps.codes = {0: 2}
+    with pytest.raises(SystemExit):
+        loop.run("rejection-sampling", config("rejection-sampling", engine="vllm"))
+    loop.run("rejection-sampling", config("rejection-sampling", engine="transformers"))
+    assert [options["engine"] for options in steps.options if "engine" in options] == ["vllm", *["transformers"] * 3]
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["options"]["engine"] == "transformers"
+
+
+def test_rows_that_were_written_hold_the_options_also_if_their_step_is_not_done(config, steps, tmp_path):
+    steps.codes = {0: 1}
+    with pytest.raises(SystemExit):
+        loop.run("rejection-sampling", config("rejection-sampling"))
+    (tmp_path / "out/iterations/0/generate.jsonl.partial.index").write_text("[9, null]\n")
+    with pytest.raises(InputError, match="--temperature was 1.0 and is 0.5"):
+        loop.run("rejection-sampling", config("rejection-sampling", temperature=0.5))
+
+
+def test_what_decides_no_result_may_change_in_the_middle_and_the_place_only_between_iterations(config, steps, tmp_path):
+    def run(folder: str, **options: Any) -> None:
+        usual = {"save_path": str(tmp_path / folder), "training_iters": 2, "train_batch_size": 8}
+        loop.run("rejection-sampling", config("rejection-sampling", **usual | options))
+
+    steps.codes = {5: 1}
+    with pytest.raises(SystemExit):
+        run("out", micro_train_batch_size=4)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="--save_path was"):
+        run("moved")
+    (tmp_path / "moved").rename(tmp_path / "out")
+    run("out", micro_train_batch_size=2)
+    assert [options["micro_train_batch_size"] for options in steps.options[5:7]] == [4, 2]
+    (tmp_path / "out").rename(tmp_path / "moved")
+    run("moved", training_iters=3)
+
+
+def test_the_report_is_there_after_every_iteration(config, steps, tmp_path):
+    steps.codes = {4: 1}
+    with pytest.raises(SystemExit):
+        loop.run("rejection-sampling", config("rejection-sampling"))
+    assert (tmp_path / "out/report.md").read_text().count("\n|") == 3, "a head, a rule, an iteration"
+
+
+def test_half_a_surrogate_pair_in_another_column_is_asked_with_too(config, steps, tmp_path):
+    def scored(options: dict[str, Any]) -> None:
+        Steps.score(steps, options)
+        if (beside := Path(options["output_path"] + ".scored.jsonl")).exists():
+            rows = [json.loads(line) | {"source": {"id": "\ud83d"}} for line in beside.read_text().splitlines()]
+            write_rows(str(beside), rows)
+
+    steps.score = scored  # type: ignore[method-assign]
+    loop.run("conditional-sft", config("conditional-sft"))
+    prompts = (tmp_path / "out/iterations/0/prompts.jsonl").read_text().splitlines()
+    assert json.loads(prompts[0])["id"] == "\ud83d"
+
+
 def test_somebody_else_s_folder_is_left_alone(config, steps, tmp_path):
     (tmp_path / "out/model").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no recipe\.json in it, but model"):
@@ -512,6 +571,25 @@ def test_what_cannot_be_is_refused(config, options, said):
         ("iterative-dpo", {"loss_type": "simpo", "ref_pretrain": "x"}, "simpo has no reference model"),
         ("iterative-dpo", {"share_prefix": True}, "--share_prefix"),
         ("conditional-sft", {"ask_rewards": [1.0], "ask_prompts": 0}, "--ask_rewards"),
+        ("conditional-sft", {"temperature": 0.5, "ask_prompts": 0}, "--temperature is for asking .*--ask_prompts 0"),
+        (
+            "conditional-sft",
+            {"pretrain": "TINY", "reward_pretrain": "REWARD", "max_len": 64, "tp_size": 64},
+            "--tp_size",
+        ),
+        (
+            "rejection-sampling",
+            {"pretrain": "TINY", "reward_pretrain": "REWARD", "max_len": 64, "prompt_max_len": 999},
+            "--prompt_max_len 999: the context",
+        ),
+        ("rejection-sampling", {"save_path": "OUT,more"}, r"--save_path .*/out,more: .* without one"),
+        ("rejection-sampling", {"ckpt_path": "USED"}, "--ckpt_path .* checkpoints of an earlier recipe"),
+        (
+            "rejection-sampling",
+            {"pretrain": "TINY", "lora_rank": 2, "target_modules": ["qproj"]},
+            "--target_modules qproj: no module",
+        ),
+        ("iterative-dpo", {"pretrain": "TINY", "ref_pretrain": "SMALL"}, "--ref_pretrain .*the model only 9"),
         ("conditional-sft", {"reward_template": "{input}"}, "--reward_template must contain {reward}"),
     ],
     ids=str,
@@ -520,14 +598,16 @@ def test_what_no_step_could_do_is_refused_before_the_first(config, name, options
     (tmp_path / "out/model").mkdir(parents=True)
     tiny_model(tmp_path / "TINY")
     reward_model(tmp_path / "TINY", tmp_path / "REWARD")
-    options = {
-        key: value.replace("OUT", str(tmp_path / "out"))
-        .replace("TINY", str(tmp_path / "TINY"))
-        .replace("REWARD", str(tmp_path / "REWARD"))
-        if isinstance(value, str)
-        else value
-        for key, value in options.items()
-    }
+    shutil.copytree(tmp_path / "TINY", tmp_path / "SMALL")
+    architecture = json.loads((tmp_path / "TINY/config.json").read_text())
+    (tmp_path / "SMALL/config.json").write_text(json.dumps(architecture | {"vocab_size": 9}))
+    earlier = iteration(config(name, ckpt_path=str(tmp_path / "used")), 0)[-1].options["ckpt_path"]
+    Path(earlier).mkdir(parents=True)
+    for word, path in {"OUT": "out", "TINY": "TINY", "REWARD": "REWARD", "SMALL": "SMALL", "USED": "used"}.items():
+        options = {
+            key: value.replace(word, str(tmp_path / path)) if isinstance(value, str) else value
+            for key, value in options.items()
+        }
     with pytest.raises(InputError, match=said):
         loop.check(config(name, **options))
 
@@ -639,3 +719,46 @@ def test_what_a_step_says_is_shown_and_logged(here, capfd):
 def test_a_step_that_is_killed_has_the_signal_as_its_code(here, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os; os.kill(os.getpid(), 9)")
     assert here("--version", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))[0] == -signal.SIGKILL
+
+
+def test_a_step_and_what_it_has_started_end_with_a_recipe_that_was_killed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, pathlib, subprocess\n"
+        "def stay():\n"
+        "    child = subprocess.Popen(['sleep', '600'])\n"
+        f"    part = pathlib.Path({str(tmp_path / 'part')!r})\n"
+        "    part.write_text(f'{os.getpid()} {child.pid}')\n"
+        f"    part.rename({str(tmp_path / 'pids')!r})\n"
+        "    child.wait()\n"
+        "atexit.register(stay)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    started = (
+        "from pathlib import Path; from rlhf_cli.recipes.process import execute; "
+        f"execute(['--version'], Path({str(tmp_path / 'log')!r}), {{'PYTHONPATH': {path!r}}}, 0)"
+    )
+    recipe = subprocess.Popen([sys.executable, "-c", started], stdout=subprocess.DEVNULL)
+    try:
+        until((tmp_path / "pids").exists)
+    finally:
+        recipe.kill()
+        recipe.wait()
+    for pid in (tmp_path / "pids").read_text().split():
+        until(lambda pid=pid: ended(pid))
+
+
+def until(there: Callable[[], bool]) -> None:
+    """Wait for something that happens within a minute."""
+    for _ in range(600):
+        if there():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it does not happen")
+
+
+def ended(pid: str) -> bool:
+    """Whether a process has ended; nobody may have asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True

@@ -181,6 +181,21 @@ def test_the_unfinished_output_of_another_command_is_refused_with_the_options_th
     assert JobOutput(path, JOB).done == 2
 
 
+def test_another_command_that_had_written_nothing_yet_leaves_its_place(tmp_path):
+    path = tmp_path / "out.jsonl"
+    begin(path, 0, JOB | {"temperature": 0.5})
+    complete(path)
+    assert path.read_bytes() == LINES
+    path.write_text("somebody's")
+    (tmp_path / "out.jsonl.job.json").unlink()
+    with JobOutput(path, JOB | {"temperature": 0.5}, overwrite=True):
+        pass
+    with pytest.raises(
+        InputError, match="was not written by this program"
+    ):  # that one might replace it, this one may not
+        JobOutput(path, JOB)
+
+
 def test_overwrite_throws_an_unfinished_output_away(tmp_path):
     begin(path := tmp_path / "out.jsonl", 2)
     other = JOB | {"temperature": 0.5}

@@ -20,7 +20,17 @@ from rlhf_ray.config import ClusterConfig, PPOConfig
 from rlhf_ray.engines.policy import PolicyEngines
 from rlhf_ray.engines.pool import WINDOW, VLLMEngines
 from rlhf_ray.engines.request import Answer, Request, Response
-from rlhf_ray.engines.transfer import Described, WeightSender, broadcast, buckets, fill, join, read, sync_backend
+from rlhf_ray.engines.transfer import (
+    Described,
+    WeightSender,
+    broadcast,
+    buckets,
+    checksum,
+    fill,
+    join,
+    read,
+    sync_backend,
+)
 from rlhf_ray.engines.vllm import VLLMWorker
 
 PROMPTS = [np.arange(3, 3 + length, dtype=np.int32) for length in (4, 7, 5, 6)]
@@ -59,14 +69,14 @@ class Policy:
 
     def connect(self) -> None: ...
 
-    def describe_weights(self) -> list[str]:
-        return ["weights"]
+    def describe_weights(self) -> list[Described]:
+        return [Described("weights", "float32", (1,))]
 
-    def send_weights(self) -> dict[str, float]:
+    def send_weights(self) -> dict[str, int]:
         if self.failing:
             raise self.failing
         self.happened.append("send")
-        return {"sync_bytes": 4.0}
+        return {"weights": 7}
 
     def offload(self) -> None:
         self.happened.append("offload")
@@ -88,6 +98,7 @@ class Writer:
         self.waiting: list[Request] = []
         self.polls: list[int] = []
         self.rank: int | None = None
+        self.loaded = {"weights": 7}  # as its second device says
         self.compared = 0
         self.errors: dict[str, list[Exception | None]] = {}
 
@@ -109,10 +120,11 @@ class Writer:
         self.maybe("connect")
         self.rank = rank_offset
 
-    def update(self, manifest: list[str], version: int) -> None:
-        assert manifest == ["weights"] and self.rank is not None
+    def update(self, manifest: list[Described], version: int) -> list[dict[str, int]]:
+        assert [weight.name for weight in manifest] == ["weights"] and self.rank is not None
         self.maybe("update")
         self.weights, self.version = self.policy.weights, version
+        return [{"weights": 7}, self.loaded]
 
     def poll(self, requests: Sequence[Request], least: float, most: float) -> list[Answer]:
         self.policy.happened.append("poll")
@@ -348,16 +360,26 @@ def test_an_update_that_fails_though_nobody_died_ends_the_run_with_all_reasons()
 
 def test_an_engine_with_stale_weights_is_found() -> None:
     run = started(check_sync_steps=2)
-    run.writers[1].update = lambda manifest, version: None  # type: ignore[method-assign]
+    run.writers[1].update = lambda manifest, version: [{"weights": 7}]  # type: ignore[method-assign]
     run.policy.weights = 1
     with pytest.raises(RunError, match=r"vLLM engine 1 does not write .* \(version 1\).* differ by 1 nats on average"):
+        run.engines.sync(1)
+
+
+@pytest.mark.parametrize("loaded", [{"weights": 8}, {}, {"weights": 7, "more": 0}])
+def test_an_engine_that_has_loaded_something_else_than_was_sent_is_found(loaded: dict[str, int]) -> None:
+    run = started(check_sync_steps=0)
+    run.writers[1].loaded = loaded
+    name = "more" if len(loaded) == 2 else "weights"
+    message = rf"vLLM engine 1 has not loaded .* \(version 1\): the checksums of 1 of 1 differ, first of {name};"
+    with pytest.raises(RunError, match=message):
         run.engines.sync(1)
 
 
 def test_an_engine_that_keeps_the_weights_it_has_read_itself_is_found_at_the_first_update() -> None:
     run = started()
     for writer in run.writers:
-        writer.update = lambda manifest, version: None  # type: ignore[method-assign]
+        writer.update = lambda manifest, version: [{"weights": 7}]  # type: ignore[method-assign]
     run.policy.weights = 1
     with pytest.raises(RunError, match="does not write with the policy's weights"):
         run.engines.sync(1)
@@ -472,6 +494,45 @@ def test_weights_of_all_formats_and_shapes_go_through_buckets_bit_for_bit(full: 
     assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(found, weights, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 8), (16, 16)])
+def test_equal_weights_have_equal_checksums_wherever_they_lie_and_every_bit_counts(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    apart = torch.stack([torch.zeros_like(weight), weight], -1)[..., 1]
+    shifted = torch.cat([torch.zeros(1, dtype=dtype), weight.reshape(-1)])[1:].view(shape)
+    sums = [int(checksum(x)) for x in (weight, apart, shifted)]
+    assert sums == [sums[0]] * 3
+    for place in range(weight.nbytes):
+        other = weight.clone()
+        other.view(-1).view(torch.uint8)[place] ^= 1
+        assert int(checksum(other)) != sums[0]
+
+
+def test_the_receiver_for_nccl_says_what_it_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    from rlhf_ray.engines.receiver import NCCLReceiver
+
+    weights = some_weights()
+
+    def consumer(*, post_unpack_func: Any, **given: Any) -> None:
+        for bucket in (weights[:2], weights[2:]):
+            post_unpack_func(bucket)
+
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_consumer", consumer)
+    receiver, loaded = NCCLReceiver.__new__(NCCLReceiver), list[tuple[str, torch.Tensor]]()
+    receiver.model = model = SimpleNamespace(load_weights=loaded.extend)  # type: ignore[assignment]
+    receiver.model_update_group = object()  # type: ignore[assignment]
+    receiver.packed, receiver.packed_buffer_size_bytes, receiver.packed_num_buffers = True, 1, 2
+    receiver.device = torch.device("cpu")
+    receiver.receive_weights(SimpleNamespace(names=[], dtype_names=[], shapes=[]))  # type: ignore[arg-type]
+    assert [name for name, _ in loaded] == [name for name, _ in weights] and receiver.model is model
+    assert receiver.checksums == {name: int(checksum(weight)) for name, weight in weights}
+
+
 class Listener(threading.Thread):
     """A member of a gloo group that receives one update."""
 
@@ -513,7 +574,7 @@ def test_the_policy_sends_every_engine_the_same_weights() -> None:
         listener.join(30)
         assert [name for name, _ in listener.found] == [name for name, _ in weights]
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(listener.found, weights, strict=True))
-    assert sent == {"sync_bytes": float(sum(weight.nbytes for _, weight in weights))}
+    assert sent == {name: int(checksum(weight)) for name, weight in weights}
 
 
 def test_weights_out_of_place_are_never_sent_and_gathering_goes_on_for_the_other_ranks() -> None:
@@ -574,7 +635,7 @@ def test_a_shared_gpu_is_left_with_responses_unfinished_and_taken_as_far_as_need
 ) -> None:
     config = make_config().model_copy(update={"cluster": ClusterConfig(colocate_all=True)})
     worker, llm = set_up(monkeypatch, gpu=True, config=config)
-    assert llm.arguments["enable_sleep_mode"] and llm.arguments["weight_transfer_config"] == {"backend": "gloo"}
+    assert llm.arguments["enable_sleep_mode"] and llm.arguments["weight_transfer_config"] == {"backend": "rlhf_gloo"}
     assert llm.calls[-1] == ("sleep", {"level": 1, "mode": "keep"})
     llm.calls.clear()
     worker.update([], 1)

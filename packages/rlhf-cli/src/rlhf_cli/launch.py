@@ -47,9 +47,11 @@ def start_ranks(parallel: ParallelConfig, here: int) -> None:
     """Start this node's ranks and wait for them.
 
     Raises:
-        SystemExit: a rank failed; with its message shown and its exit code.
+        SystemExit: a rank failed; with its message shown and its exit code. Or this process was told to end.
+        KeyboardInterrupt: it was interrupted; its ranks have ended.
     """
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -78,6 +80,10 @@ def start_ranks(parallel: ParallelConfig, here: int) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise SystemExit(report(rank, failure)) from None
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + error.sigval) from None
 
 
 def report(rank: int, failure: Any) -> int:

@@ -166,13 +166,16 @@ class JobOutput:
             self.summary = final["summary"]
         if self.finished or self.overwrite:
             return
+        unfinished = self.partial.exists()
+        if record is not None and record["job"] != self.job and next(self._whole_lines(), None) is None:
+            record, unfinished = None, False  # another job that had no item yet: this one takes its place
         if self.path.exists() and not intact and not (record and record["replaces"]):
             how = "has been changed since it was written" if final else "was not written by this program"
             raise InputError(
                 f"--output_path {self.path} is there and {how}; name another file, or replace it with --overwrite"
             )
         if record is None:
-            if self.partial.exists():
+            if unfinished:
                 raise InputError(
                     f"{self.partial} is in the way: there is no {self._record_path.name} that says which job left it; "
                     "remove it, or throw it away with --overwrite"
@@ -209,7 +212,8 @@ class JobOutput:
 
     def _open(self) -> None:
         """Begin, or go on behind the last item that is whole."""
-        if self.overwrite or not self._record_path.exists():
+        record = read_record(self._record_path)
+        if self.overwrite or record is None or record["job"] != self.job:
             self._index_path.unlink(missing_ok=True)  # first: without it, whatever else is there counts for nothing
             self.partial.unlink(missing_ok=True)
             self._write_record({})

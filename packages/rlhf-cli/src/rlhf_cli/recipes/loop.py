@@ -28,7 +28,8 @@ from rlhf_cli.recipes.state import State, locked, write
 from rlhf_cli.recipes.steps import Step, ask, checkpoints_of, iteration, iteration_folder, score, shown
 from rlhf_core.config import TrainConfig
 from rlhf_data.errors import InputError, RunError
-from rlhf_infer.config import ScoreConfig
+from rlhf_infer.config import EngineConfig, GenerateConfig, SamplingConfig, ScoreConfig
+from rlhf_infer.output import as_line
 
 PERCENTILES = (10, 90)
 """Of the rewards in the data: what a conditional model is asked for."""
@@ -53,7 +54,7 @@ def run(name: str, config: RecipeConfig, *, dry_run: bool = False) -> None:
     folder = Path(config.checkpoint.save_path)
     state = State.open(name, config)
     if len(state.history) < iterations_of(config):
-        check(config, started=state.path.exists())
+        check(config, started=state.begun)
     if dry_run:
         print("\n\n".join(commands(config)))
         return
@@ -85,27 +86,78 @@ def check(config: RecipeConfig, *, started: bool = False) -> None:
     else:
         check_prompts(config)
     if not started:
+        check_checkpoints(config)
         check_models(config, next(step for step in steps if isinstance(step, TrainConfig)))
+        check_rewards(config)
+        check_writing(config, next((step for step in steps if isinstance(step, GenerateConfig)), None))
 
 
 def check_models(config: RecipeConfig, training: TrainConfig) -> None:
-    """Look at models, rewards, batches and folders."""
+    """Look at models, batches and folders."""
     from rlhf_core.libraries import settle
 
     settle()
+    from rlhf_core.memory import count_parameters
     from rlhf_core.models.load import load_model_config
     from rlhf_core.plan import check_run
+    from rlhf_core.vocabulary import check_vocabulary
+    from rlhf_data.tokenizer import load_tokenizer
 
     check_run(training, ranks_on_this_node(config.parallel))
-    load_model_config(config.model)
+    model = config.model
+    architectures = {"--pretrain": (model.pretrain, load_model_config(model))}
     reference = getattr(config, "reference", None)
-    if reference and reference.ref_pretrain:
-        load_model_config(config.model.model_copy(update={"pretrain": reference.ref_pretrain}), "--ref_pretrain")
-    check_rewards(config)
+    if reference and (name := reference.ref_pretrain):
+        option = "--ref_pretrain"
+        architectures[option] = name, load_model_config(model.model_copy(update={"pretrain": name}), option)
+    tokenizer = load_tokenizer(
+        model.pretrain, use_fast=not model.disable_fast_tokenizer, trust_remote_code=model.trust_remote_code
+    )
+    for option, (name, architecture) in architectures.items():
+        check_vocabulary(option, name, architecture, len(tokenizer))
+    count_parameters(training, architectures["--pretrain"][1])  # finds modules to adapt that do not exist
+
+
+def check_writing(config: RecipeConfig, first: GenerateConfig | None) -> None:
+    """Look at what writes: the first step, or, where a model is only asked at the end, what it is asked with."""
+    from rlhf_core.models.load import load_model_config
+    from rlhf_infer.engines.choose import check_engine
+    from rlhf_infer.engines.replicas import check_replicas
+    from rlhf_infer.generate import Job
+
+    if first:
+        Job(first)
+    elif config.recipe.ask_prompts:  # type: ignore[attr-defined]
+        assert isinstance(config, ConditionalSFTConfig)
+        asking = ask(config, 0, 0.0)[0].check()
+        assert isinstance(asking, GenerateConfig)
+        named = asking.model.model_copy(
+            update={"pretrain": config.model.pretrain}
+        )  # its own comes of it, and is not there yet
+        check_engine(asking.model_copy(update={"model": named}), load_model_config(config.model))
+        if asking.engine.num_engines > 1:
+            check_replicas(asking.engine)
+
+
+def check_checkpoints(config: RecipeConfig) -> None:
+    """Refuse checkpoints of an earlier recipe, which training would go on from."""
+    if not config.checkpoint.ckpt_path:
+        return
+    folder = Path(checkpoints_of(config, 0)).parent
+    if folder.exists():
+        raise InputError(
+            f"--ckpt_path {config.checkpoint.ckpt_path}: {folder} has checkpoints of an earlier recipe in the same --save_path: "
+            "remove it, or name another folder"
+        )
 
 
 def check_outside(config: RecipeConfig) -> None:
     """Models of the recipe's folder come and go, so that none of them can be what it starts from."""
+    if "," in config.checkpoint.save_path:
+        raise InputError(
+            f"--save_path {config.checkpoint.save_path}: steps read what others wrote there as data sets, whose names are "
+            "separated by commas: choose a folder without one"
+        )
     folder = Path(config.checkpoint.save_path).resolve()
     reference = getattr(config, "reference", None)
     models = {
@@ -141,6 +193,11 @@ def check_ask(config: ConditionalSFTConfig) -> None:
     """Build what the model will be asked with."""
     if config.recipe.ask_rewards and not config.recipe.ask_prompts:
         raise InputError("--ask_rewards asks prompts, and --ask_prompts 0 has none: leave out one of them")
+    only_asked = config.given().keys() & {*SamplingConfig.model_fields, *EngineConfig.model_fields}
+    if only_asked and not config.recipe.ask_prompts:
+        raise InputError(
+            f"--{min(only_asked)} is for asking the trained model, and --ask_prompts 0 asks nothing: leave out one of them"
+        )
     for step in ask(config, 0, 0.0):
         step.check()
 
@@ -185,7 +242,9 @@ def commands(config: RecipeConfig) -> list[str]:
             " and ".join(f"{reward:z.2f}" for reward in rewards or [])
             or "the 10th and the 90th percentile of the rewards"
         )
-        lines.append(f"# then {config.recipe.ask_prompts} prompts ask the model for {named}")
+        lines.append(
+            f"# then {config.recipe.ask_prompts} prompts ask the model for {named}; the recipe writes the files of prompts and answers"
+        )
         for place, reward in enumerate(rewards or []):
             lines += map(shown, ask(config, place, reward))
     return lines
@@ -215,7 +274,11 @@ class Recipe:
         while len(self.state.history) < self.iterations:
             self.iterate()
         self.tidy()
-        self.show()
+        table = self.write_report()
+        print(
+            f"\n{table}\n{self.folder}/model is the newest model; {self.folder}/report.png shows the numbers",
+            flush=True,
+        )
 
     def iterate(self) -> None:
         """One iteration, from where it is."""
@@ -234,6 +297,7 @@ class Recipe:
         self.state.iteration, self.state.done = number + 1, []
         self.state.save()
         self.tidy()
+        self.write_report()
 
     def do(self, step: Step) -> None:
         """Run a step, if it is not done yet.
@@ -308,15 +372,13 @@ class Recipe:
             for path in leftovers:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def show(self) -> None:
-        """Write the report, and print it."""
+    def write_report(self) -> str:
+        """Write the table and the picture of what is complete; returns the table."""
         history = self.state.history
         text = report(self.state.recipe, history, self.config.recipe.normalize_reward)  # type: ignore[attr-defined]
         write(self.folder / "report.md", text)
         picture(self.state.recipe, history, self.folder / "report.png")
-        print(
-            f"\n{text}\n{self.folder}/model is the newest model; {self.folder}/report.png shows the numbers", flush=True
-        )
+        return text
 
 
 def secrets_of(config: RecipeConfig, step: Step) -> dict[str, str]:
@@ -353,7 +415,7 @@ def unasked(row: dict[str, Any], prompts: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write(path, b"".join(map(as_line, rows)).decode())
 
 
 def percentiles(scored: Path) -> list[float]:

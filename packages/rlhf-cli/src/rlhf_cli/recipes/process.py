@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,11 +17,9 @@ from typing import BinaryIO, TextIO
 TERMINATED = 143
 """Exit code of a program that SIGTERM has ended."""
 
-GRACE = 15.0
-"""Seconds that a step has to end when it is told to, before it is killed."""
-
-SET_PARENT_DEATH_SIGNAL = 1
-"""`PR_SET_PDEATHSIG` of Linux's prctl."""
+GRACE = 45.0
+"""Seconds that a step has to end when it is told to, before it is killed: more than torch's launcher gives its ranks, which only
+it can end."""
 
 
 def execute(arguments: list[str], log: Path, environment: dict[str, str], lock: int) -> int:
@@ -37,15 +34,17 @@ def execute(arguments: list[str], log: Path, environment: dict[str, str], lock: 
     Returns:
         The exit code; negative if a signal killed it.
     """
+    alive, held = os.pipe()  # nobody else holds the second end: the first one ends with this process
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(os.getpid()), *arguments],
+        [sys.executable, "-m", __name__, str(alive), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
-        pass_fds=(lock,),
+        pass_fds=(lock, alive),
         start_new_session=True,  # so that the whole family can be told to end
     )
+    os.close(alive)
     with log.open("ab", buffering=0) as file:
         pumps = [
             Thread(target=pump, args=(source, file, shown), daemon=True)
@@ -59,6 +58,7 @@ def execute(arguments: list[str], log: Path, environment: dict[str, str], lock: 
             end(process)
             raise
         finally:
+            os.close(held)
             for thread in pumps:
                 thread.join(timeout=5)  # a server that the step left behind may hold its output open
 
@@ -73,15 +73,18 @@ def pump(source: BinaryIO, log: BinaryIO, shown: TextIO) -> None:
             shown.flush()
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent dies, even of SIGKILL.
+def end_with(parent: int) -> None:
+    """Have this process and all that it has started in its group end when its parent does, even of SIGKILL.
 
-    The child asks for it, not the parent before the exec: that would be a fork, for which a large parent may lack memory.
+    Args:
+        parent: a pipe that ends with the parent.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before we asked
-        raise SystemExit(TERMINATED)
+
+    def wait() -> None:
+        os.read(parent, 1)
+        os.killpg(0, signal.SIGTERM)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -110,5 +113,5 @@ def terminable() -> Iterator[None]:
 if __name__ == "__main__":
     from rlhf_cli.main import main
 
-    end_with_parent(int(sys.argv.pop(1)))
+    end_with(int(sys.argv.pop(1)))
     main()

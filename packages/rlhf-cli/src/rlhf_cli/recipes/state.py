@@ -18,8 +18,14 @@ from rlhf_data.errors import InputError
 
 VERSION = 1
 
-FREE = {"save_path", "training_iters", "keep_models", "load_checkpoint", "use_wandb", "dist_timeout"}
-"""Options that may change when a recipe goes on."""
+FREE = {
+    "training_iters", "keep_models",
+    "micro_train_batch_size", "micro_batch_size", "gradient_checkpointing", "gradient_checkpointing_use_reentrant", "ref_offload",
+    "num_engines", "tp_size", "max_num_seqs", "enable_prefix_caching", "gpu_memory_utilization",
+    "save_steps", "max_ckpt_num", "max_ckpt_mem", "load_checkpoint", "dist_timeout",
+    "logging_steps", "use_wandb", "wandb_org", "wandb_group", "wandb_project", "wandb_run_name", "use_tensorboard",
+}  # fmt: skip
+"""Options that may change when a recipe goes on: how long, in what portions, and what is told of it. They decide no result."""
 
 PATIENCE = 10.0
 """Seconds to wait for a folder whose recipe was killed: its step ends with it, a moment later."""
@@ -36,6 +42,7 @@ class State:
         iteration: the one that is going on, counted from 0.
         done: names of its steps that are complete.
         history: what came out of each complete iteration.
+        begun: whether there is anything that was made with these options.
     """
 
     path: Path
@@ -44,6 +51,7 @@ class State:
     iteration: int = 0
     done: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    begun: bool = False
 
     @classmethod
     def open(cls, name: str, config: RecipeConfig) -> State:
@@ -63,8 +71,13 @@ class State:
         found = read(state.path)
         if found["recipe"] != name:
             raise InputError(f"--save_path {folder} holds the recipe {found['recipe']}: choose another folder")
-        check_same(state.path, found["options"], state.options)
         state.iteration, state.done, state.history = found["iteration"], found["done"], found["history"]
+        iterations = folder / "iterations"
+        state.begun = bool(state.done or state.history or has_rows(iterations / "0"))
+        if state.begun:
+            # the steps of an iteration name the model of the one before
+            under_way = (iterations / str(state.iteration)).exists()
+            check_same(state.path, found["options"], state.options, FREE if under_way else FREE | {"save_path"})
         return state
 
     def save(self) -> None:
@@ -91,18 +104,23 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with other options than those that the recipe was started with.
+def has_rows(folder: Path) -> bool:
+    """Whether a step has written rows there, or begun to."""
+    return any(folder.glob("*.jsonl")) or any(index.stat().st_size for index in folder.glob("*.partial.index"))
+
+
+def check_same(path: Path, before: dict[str, Any], now: dict[str, Any], free: set[str]) -> None:
+    """Refuse to go on with other options than those that the recipe was started with; some are free.
 
     Raises:
         InputError: naming them.
     """
-    changed = [name for name in now if name not in FREE and name in before and before[name] != now[name]]
+    changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
     if changed:
         differ = "; ".join(f"--{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
         raise InputError(
             f"{path} says that this recipe was started with other options: {differ}. Give those to go on, or another "
-            "--save_path to start anew; only --training_iters may grow"
+            "--save_path to start anew; only --training_iters may grow, and what decides no result may change"
         )
 
 

@@ -234,7 +234,9 @@ def flag(config: type[Config], name: str, value: Any) -> str:
     """An option as it is written in a shell."""
     from shlex import join
 
+    from rlhf_cli.options import plain_type
+
     kind = next(field.annotation for known, field, _ in options(config) if known == name)
-    if kind is bool:
+    if plain_type(kind) is bool:
         return f"--{name}" if value else f"--no_{name}"
     return join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])

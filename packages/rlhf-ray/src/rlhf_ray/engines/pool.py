@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,7 @@ class VLLMEngines:
         self.version = -1
         self.connected = False
         self.manifest: Any = None
+        self.bytes = 0
 
     @property
     def ready(self) -> Pending[list[dict[str, Any]]]:
@@ -168,8 +169,8 @@ class VLLMEngines:
         """
         start = time.perf_counter()
         self.version = version
-        sent = self._send()
-        figures = {"sync_seconds": time.perf_counter() - start, "sync_bytes": sent}
+        self._send()
+        figures = {"sync_seconds": time.perf_counter() - start, "sync_bytes": float(self.bytes)}
         self.syncs += 1
         every = self.config.engines.check_sync_steps
         # the first sync brings what engines have read themselves; that weights arrive at all shows in the second
@@ -327,8 +328,12 @@ class VLLMEngines:
 
     # Weights
 
-    def _send(self) -> float:
-        """Give all engines that run the policy's weights; returns their bytes. Engines that die of it are started anew."""
+    def _send(self) -> None:
+        """Give all engines that run the policy's weights. Engines that die of it are started anew.
+
+        Raises:
+            RunError: somebody did not answer in time, engines die too often, or what an engine has loaded is not what was sent.
+        """
         while True:
             members = [seat for seat in self.seats if seat.is_ready]
             if not members:
@@ -339,11 +344,13 @@ class VLLMEngines:
                 calls = {
                     seat: self.backend.call(seat.handle, "update", self.manifest, self.version) for seat in members
                 }
-                sent, errors = self._with_policy(self.policy.start("send_weights"), "update", calls)
+                sent, loaded, errors = self._with_policy(self.policy.start("send_weights"), "update", calls)
                 if not errors:
                     for seat in members:
+                        for checksums in loaded[seat]:
+                            self._match(seat, sent[0], checksums)
                         seat.has_weights = True
-                    return float(sent[0]["sync_bytes"])
+                    return
             self._replace(errors)
 
     def _connect(self, members: Sequence[Seat]) -> dict[Any, Exception]:
@@ -355,9 +362,10 @@ class VLLMEngines:
             seat: self.backend.call(seat.handle, "connect", address, port, 1 + size * place, world_size)
             for place, seat in enumerate(members)
         }
-        _, errors = self._with_policy(self._first_rank("connect"), "connect", calls)
+        _, _, errors = self._with_policy(self._first_rank("connect"), "connect", calls)
         if not errors:
-            self.manifest = self.backend.put(self.policy.call("describe_weights")[0])
+            manifest = self.policy.call("describe_weights")[0]
+            self.manifest, self.bytes = self.backend.put(manifest), sum(weight.size for weight in manifest)
             self.connected = True
         return errors
 
@@ -367,13 +375,13 @@ class VLLMEngines:
 
     def _with_policy(
         self, pending: Pending[Any], verb: str, calls: dict[Seat, Any]
-    ) -> tuple[Any, dict[Any, Exception]]:
-        """Wait for engines and for what the policy does with them; what it returns, and who failed (None for the policy)."""
-        _, errors = self._await(verb, calls, self.timeout, "call_timeout")
+    ) -> tuple[Any, dict[Seat, Any], dict[Any, Exception]]:
+        """Wait for engines and for what the policy does with them: what it and they return, and who failed (None for the policy)."""
+        found, errors = self._await(verb, calls, self.timeout, "call_timeout")
         try:
-            return pending.result(), errors
+            return pending.result(), found, errors
         except RunError as error:
-            return None, {None: error, **errors}
+            return None, found, {None: error, **errors}
 
     def _replace(self, errors: dict[Any, Exception]) -> None:
         """Start engines anew whose death has made others fail too.
@@ -427,6 +435,15 @@ class VLLMEngines:
             Request(PROBE - number, prompt, number, 1, temperature, 1.0, length)
             for number, prompt in enumerate(self.prompts)
         ]
+
+    def _match(self, seat: Seat, sent: Mapping[str, int], loaded: Mapping[str, int]) -> None:
+        """Make sure that the checksums of what an engine has loaded are those of what the policy has sent."""
+        wrong = [name for name in sent | loaded if sent.get(name) != loaded.get(name)]
+        if wrong:
+            raise RunError(
+                f"{seat} has not loaded the policy's weights (version {self.version}): the checksums of {len(wrong)} of "
+                f"{len(sent)} differ, first of {wrong[0]}; --load_checkpoint continues from the newest checkpoint"
+            )
 
     def _judge(self, seat: Seat, gaps: NDArray[np.float32]) -> float:
         """The mean difference of an engine's log-probs and the policy's."""

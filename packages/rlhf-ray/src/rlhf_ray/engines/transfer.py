@@ -8,7 +8,7 @@ engines follow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
@@ -31,6 +31,10 @@ BUCKET = 256 * 2**20
 
 ALIGNMENT = 16
 """Bytes; where a weight starts in a bucket is a multiple of it, so that it can be read in place in any number format."""
+
+
+RECEIVERS: dict[SyncBackend, str] = {"gloo": "GlooReceiver", "nccl": "NCCLReceiver"}
+"""What takes weights inside vLLM, in `rlhf_ray.engines.receiver`."""
 
 
 def sync_backend(config: PPOConfig, *, on_gpu: bool) -> SyncBackend:
@@ -126,6 +130,23 @@ def read(buffer: Tensor, bucket: Bucket, manifest: Sequence[Described]) -> list[
     ]
 
 
+def checksum(weight: Tensor) -> Tensor:
+    """The sum of a weight's bytes, in words of eight and modulo 2^64, as a number on its device. Equal bits have equal sums,
+    wherever they are; one bit that differs shows, elements that have changed places do not.
+    """
+    flat = weight.detach().reshape(-1)
+    if flat.storage_offset() % 8:  # words start where a word can
+        flat = flat.clone()
+    whole = len(flat) // 8 * 8
+    return flat[:whole].view(torch.int64).sum() + flat[whole:].view(torch.uint8).sum()
+
+
+def numbers(checksums: Mapping[str, Tensor]) -> dict[str, int]:
+    """Checksums as numbers of Python, by weight; fetched from their device at once."""
+    values = torch.stack(list(checksums.values())).tolist() if checksums else []
+    return dict(zip(checksums, values, strict=True))
+
+
 def join(store: Any, rank: int, world_size: int) -> dist.ProcessGroupGloo:
     """Meet the other members of a gloo group, which is no part of `torch.distributed`'s own; returns when all are there.
 
@@ -187,7 +208,7 @@ class WeightSender:
         self.manifest = [Described.of(name, weight) for name, weight in weights]
         return self.manifest
 
-    def send(self, weights: Iterator[tuple[str, Tensor]]) -> dict[str, float]:
+    def send(self, weights: Iterator[tuple[str, Tensor]]) -> dict[str, int]:
         """Broadcast weights to the engines, which must have been told to listen.
 
         Args:
@@ -195,7 +216,7 @@ class WeightSender:
                 gone, for other ranks of the policy may take part in gathering them.
 
         Returns:
-            `sync_bytes`.
+            The checksum of every weight, by name.
 
         Raises:
             RunError: the weights are not those that were described.
@@ -203,7 +224,8 @@ class WeightSender:
         """
         if self.group is None or not self.manifest:
             raise RunError("the policy is not connected with the engines: `connect` and `describe` come before `send`")
-        checked = self._checked(weights)
+        checksums: dict[str, Tensor] = {}
+        checked = self._checked(weights, checksums)
         try:
             self._send_gloo(checked) if self.backend == "gloo" else self._send_nccl(checked)
         except BaseException:
@@ -211,7 +233,7 @@ class WeightSender:
             for _ in weights:
                 pass
             raise
-        return {"sync_bytes": float(sum(weight.size for weight in self.manifest))}
+        return numbers(checksums)
 
     def _send_gloo(self, weights: Iterator[Tensor]) -> None:
         """One bucket is filled while the one before it is under way."""
@@ -239,13 +261,16 @@ class WeightSender:
         )
         torch.cuda.current_stream().synchronize()
 
-    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
-        """The weights, each compared with what engines expect: one out of place would be loaded as another."""
+    def _checked(self, weights: Iterable[tuple[str, Tensor]], checksums: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The weights, each compared with what engines expect: one out of place would be loaded as another. Their checksums go
+        to `checksums`.
+        """
         expected = iter(self.manifest)
         for name, weight in weights:
             own, wanted = Described.of(name, weight), next(expected, None)
             if own != wanted:
                 raise RunError(f"the policy's weights have changed: {own} comes where engines expect {wanted}")
+            checksums[name] = checksum(weight)
             yield weight
         if (missing := next(expected, None)) is not None:
             raise RunError(f"the policy's weights have changed: nothing comes where engines expect {missing}")
@@ -265,8 +290,14 @@ def broadcast(group: Any, buffer: Tensor, timeout: float) -> Any:
 
 
 def register() -> None:
-    """Tell vLLM of the `gloo` engine; in every process of it, where its entry point `vllm.general_plugins` calls this."""
+    """Tell vLLM of what receives weights; in every process of it, where its entry point `vllm.general_plugins` calls this."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", "rlhf_ray.engines.receiver", "GlooReceiver")
+    for backend, receiver in RECEIVERS.items():
+        if (name := receiver_name(backend)) not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, "rlhf_ray.engines.receiver", receiver)
+
+
+def receiver_name(backend: SyncBackend) -> str:
+    """What vLLM knows a receiver of ours by; it has an `nccl` of its own."""
+    return f"rlhf_{backend}"

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_data.errors import InputError, RunError
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.engines.request import Answer, Request, Response
-from rlhf_ray.engines.transfer import BUCKET, Described, register, sync_backend, update_info
+from rlhf_ray.engines.transfer import BUCKET, Described, receiver_name, register, sync_backend, update_info
 
 
 class VLLMWorker:
@@ -63,7 +63,8 @@ class VLLMWorker:
             "enable_sleep_mode": self.sleeps,
             # in a placement group vLLM would have Ray start its parts, which gives them devices of their own
             "distributed_executor_backend": "mp" if is_split else None,
-            "weight_transfer_config": {"backend": self.backend},
+            "weight_transfer_config": {"backend": receiver_name(self.backend)},
+            "worker_extension_cls": "rlhf_ray.engines.receiver.Checksums",
         }
         try:
             self.llm: Any = vllm.LLM(**arguments)
@@ -149,7 +150,7 @@ class VLLMWorker:
             place |= {"packed": True, "packed_buffer_size_bytes": BUCKET}
         self.llm.init_weight_transfer_engine({"init_info": place})
 
-    def update(self, manifest: Sequence[Described], version: int) -> None:
+    def update(self, manifest: Sequence[Described], version: int) -> list[dict[str, int]]:
         """Take new weights, which the policy sends at the same time.
 
         Responses that are being written go on with the new weights. Cached prefixes are forgotten; if some of them are in
@@ -158,13 +159,18 @@ class VLLMWorker:
         Args:
             manifest: what the policy sends, in order.
             version: updates that these weights have seen.
+
+        Returns:
+            On each of its devices: the checksum of every weight as it was given to the model to load, by name.
         """
         self._take("weights")
         self.llm.start_weight_update()
         self.llm.update_weights({"update_info": update_info(manifest)})
+        checksums = self.llm.collective_rpc("weight_checksums")
         self.llm.finish_weight_update(str(version))
         if not self.llm.reset_prefix_cache() and self.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
             self.llm.reset_prefix_cache(reset_running_requests=True)
+        return checksums
 
     def sleep(self) -> None:
         """Make room on the GPU: weights go to the host, the cache is forgotten, and responses that are being written go on later.

@@ -202,8 +202,8 @@ class PolicyWorker(TrainedWorker):
         seen = self.weights()
         return self.sender.describe(seen) if self.sender is not None else finish(seen)
 
-    def send_weights(self) -> dict[str, float] | None:
-        """Give the weights to the engines, which must listen; figures from the first rank. On all ranks."""
+    def send_weights(self) -> dict[str, int] | None:
+        """Give the weights to the engines, which must listen; their checksums from the first rank. On all ranks."""
         sent = self.weights()
         return self.sender.send(sent) if self.sender is not None else finish(sent)
 
