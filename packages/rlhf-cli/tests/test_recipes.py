@@ -404,7 +404,7 @@ def test_rows_that_were_written_hold_the_options_also_if_their_step_is_not_done(
     with pytest.raises(SystemExit):
         loop.run("rejection-sampling", config("rejection-sampling"))
     (tmp_path / "out/iterations/0/generate.jsonl.partial.index").write_text("[9, null]\n")
-    with pytest.raises(InputError, match="--temperature was 1.0 and is 0.5"):
+    with pytest.raises(InputError, match=r"--temperature was 1.0 and is 0.5"):
         loop.run("rejection-sampling", config("rejection-sampling", temperature=0.5))
 
 
