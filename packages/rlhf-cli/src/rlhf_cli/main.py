@@ -181,5 +181,7 @@ def main() -> None:
     # How long a CPU thread spins for its next piece of work (libgomp): its default starves every other process, and
     # itself when cores are shared. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "5")  # seconds; a progress bar in a log file is read afterwards
     with usage_reported():
         raise SystemExit(app(standalone_mode=False))
