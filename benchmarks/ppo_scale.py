@@ -174,6 +174,7 @@ class Judges:
 
         class Rewards:
             calls: Sequence[Pending[Any]] = (pending,)
+            servers = ()
 
             def result(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
                 return pending.result()[0].astype(np.float32), {}

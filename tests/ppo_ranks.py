@@ -55,10 +55,10 @@ def requests() -> list[Any]:
 
 def parts_of(worker: Any, data: Any) -> list[Any]:
     """The micro-batches of this rank; a single one has all of them."""
-    from rlhf_ray.cluster.group import part_of
+    from rlhf_ray.cluster.group import parts_of
 
     mine = [places for rank in PARTS for places in rank] if worker.world_size == 1 else PARTS[worker.rank]
-    return [part_of(data, np.array(places, np.int64)) for places in mine]
+    return parts_of(data, [np.array(places, np.int64) for places in mine])
 
 
 def steps_of(parts: list[Any], data: Any) -> list[Any]:

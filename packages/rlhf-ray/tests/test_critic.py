@@ -13,7 +13,7 @@ import torch
 
 from rlhf_data.errors import InputError, RunError
 from rlhf_data.options import build
-from rlhf_ray.cluster.group import Part, part_of
+from rlhf_ray.cluster.group import Part, parts_of
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.rollout import Experience
 from rlhf_ray.workers.critic import CriticWorker, critic_source
@@ -102,7 +102,7 @@ def experience(made: CriticWorker | None = None) -> Experience:
 def step(data: Experience, split: list[list[int]] | None = None, number: int = 0) -> Step:
     """An optimizer step over these samples, in micro-batches as told; an empty one idles."""
     split = [list(range(len(data)))] if split is None else split
-    return Step([part_of(data, np.array(places, np.int64)) for places in split], float(data.mask.sum()), 0.0, number)
+    return Step(parts_of(data, [np.array(places, np.int64) for places in split]), float(data.mask.sum()), 0.0, number)
 
 
 def gradient(made: CriticWorker, step: Step) -> dict[str, torch.Tensor]:
@@ -171,7 +171,7 @@ def test_values_are_what_the_reward_model_says_of_responses_so_far(worker, rewar
     """On the scale of the rewards; after the last token it is the reward of the whole."""
     made, data = worker(**given, normalize_reward=normalise), experience()
     assert made.facts["head"] == "value_head"
-    parts = [part_of(data, np.array(places, np.int64)) for places in ([0, 1, 2, 3, 4], [5, 6, 7], [])]
+    parts = parts_of(data, [np.array(places, np.int64) for places in ([0, 1, 2, 3, 4], [5, 6, 7], [])])
     values, after = (np.concatenate(each) for each in zip(*made.values(parts), strict=True))
     expected = plain_rewards(reward_model, data)
     if normalise:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.cluster.group import Part, part_of
+from rlhf_ray.cluster.group import Part, parts_of
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.engines.request import Request
 from rlhf_ray.rollout import Experience, Rollout
@@ -103,7 +103,7 @@ def divisor(data: Experience, reduction: str) -> float:
 def step(worker: PolicyWorker, data: Experience, split: list[list[int]] | None = None, number: int = 0) -> Step:
     """An optimizer step over these samples, in micro-batches as told; an empty one idles."""
     split = [list(range(SAMPLES))] if split is None else split
-    parts = [part_of(data, np.array(places, np.int64)) for places in split]
+    parts = parts_of(data, [np.array(places, np.int64) for places in split])
     return Step(parts, divisor(data, worker.config.loss_reduction), 0.1, number)
 
 
@@ -138,7 +138,7 @@ def as_batch(data: Experience) -> Any:
     from rlhf_ray.collate import collate_part
     from rlhf_ray.workers.objective import COLUMNS
 
-    return collate_part(part_of(data, np.arange(SAMPLES)), share=False, columns=COLUMNS)
+    return collate_part(parts_of(data, [np.arange(SAMPLES)])[0], share=False, columns=COLUMNS)
 
 
 @pytest.mark.parametrize("updated", [False, True], ids=["first update", "later update"])

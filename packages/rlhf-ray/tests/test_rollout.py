@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_ray.rollout import Experience, Rollout, put, take
+from rlhf_ray.rollout import Experience, Rollout, columns_of, put, take
 
 
 @pytest.fixture
@@ -42,6 +42,15 @@ def test_parts_joined_again_are_the_whole(rollout):
     whole = Rollout.concat([rollout.select([1]), rollout.select([0])]).select([1, 0])
     for name in ("input_ids", "prompt_lengths", "response_lengths", "truncated", "rollout_logps", "seeds"):
         assert getattr(whole, name).tolist() == getattr(rollout, name).tolist(), name
+
+
+def test_consecutive_pieces_are_views_that_make_up_the_whole(rollout):
+    pieces = list(rollout.cut([1, 0, len(rollout) - 1]))
+    assert [len(piece) for piece in pieces] == [1, 0, len(rollout) - 1]
+    assert all(np.shares_memory(piece.input_ids, rollout.input_ids) for piece in (pieces[0], pieces[2]))
+    for name, _ in columns_of(type(rollout)):
+        assert np.array_equal(getattr(rollout.concat(pieces), name), getattr(rollout, name))
+    assert all(np.array_equal(pieces[2].sample(n - 1), rollout.sample(n)) for n in range(1, len(rollout)))
 
 
 def test_nothing_can_be_selected(rollout):

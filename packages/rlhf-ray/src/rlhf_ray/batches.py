@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.cluster.group import divided, part_of
+from rlhf_ray.cluster.group import divided, parts_of
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.rollout import Experience
 from rlhf_ray.workers.step import Step
@@ -59,7 +59,7 @@ def optimizer_steps(
             planned.append(((rollout_number * epochs + epoch) * per_epoch + place, samples, plan, divisor))
     for rank in range(ranks):
         yield [
-            Step([part_of(experience, samples[row]) for row in plan[rank]], divisor, kl_coef, number)
+            Step(parts_of(experience, [samples[row] for row in plan[rank]]), divisor, kl_coef, number)
             for number, samples, plan, divisor in planned
         ]
 

@@ -8,7 +8,7 @@ Shapes: N responses, T tokens of prompts and responses, M tokens of responses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, Self
@@ -132,6 +132,17 @@ class Rollout:
                 values = values[places] if what == SAMPLES else joined(values, slices[what])
             chosen[name] = values
         return type(self)(**chosen)
+
+    def cut(self, counts: Sequence[int]) -> Iterator[Self]:
+        """All samples in consecutive pieces of so many each, whose columns are views."""
+        ends = offsets(np.asarray(counts, np.int64))
+        bounds = {TOKENS: self.cu_seqlens, TARGETS: self.target_bounds, SAMPLES: np.arange(len(self) + 1)}
+        places = {what: bound[ends].tolist() for what, bound in bounds.items()}
+        columns = [(name, getattr(self, name), places[what]) for name, what in columns_of(type(self))]
+        for number in range(len(counts)):
+            yield type(self)(**{
+                name: None if values is None else values[ends[number] : ends[number + 1]] for name, values, ends in columns
+            })  # fmt: skip
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:

@@ -110,8 +110,9 @@ class WorkerGroup:
             What gives the arrays of all samples, in the order of `rollout`.
         """
         plan = divided(rollout.lengths, rollout.groups, len(self), size, token_budget)
-        parts = (([part_of(rollout, row) for row in rank], *args) for rank in plan)
-        order = np.concatenate([row for rank in plan for row in rank])
+        rows = [row for rank in plan for row in rank]
+        parts, order = iter(parts_of(rollout, rows)), np.concatenate(rows)
+        arguments = ((list(islice(parts, len(rank))), *args) for rank in plan)
         bounds = {TARGETS: rollout.target_bounds, SAMPLES: np.arange(len(rollout) + 1)}
 
         def finish(answers: list[Any]) -> list[NDArray[Any]]:
@@ -120,7 +121,7 @@ class WorkerGroup:
                 put(np.concatenate([part[n] for part in each]), bounds[what], order) for n, what in enumerate(gives)
             ]
 
-        return Pending(self, verb, self.start_each(verb, parts).references, finish)
+        return Pending(self, verb, self.start_each(verb, arguments).references, finish)
 
     def wait(self, verb: str, references: Sequence[Any]) -> list[Any]:
         """Results of one call of every rank; the first failure ends it."""
@@ -298,9 +299,11 @@ def units(groups: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], int]
     return np.flatnonzero((np.arange(len(groups)) - starts) % longest == 0), longest
 
 
-def part_of(rollout: Rollout, places: NDArray[np.int64]) -> Part:
-    """The samples at some places as a micro-batch; without any, one that idles."""
-    return Part(rollout.select(places)) if len(places) else Part(rollout.select([0]), idle=True)
+def parts_of(rollout: Rollout, rows: Sequence[NDArray[np.int64]]) -> list[Part]:
+    """Micro-batches: the samples at some places each; one without any idles."""
+    chosen = [row if len(row) else np.zeros(1, np.int64) for row in rows]
+    pieces = rollout.select(np.concatenate(chosen)).cut([len(row) for row in chosen])
+    return [Part(piece, idle=not len(row)) for piece, row in zip(pieces, rows, strict=True)]
 
 
 def said(error: Exception) -> str:
