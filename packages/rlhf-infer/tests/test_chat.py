@@ -155,6 +155,14 @@ def test_an_answer_stopped_before_its_first_word_is_not_remembered_and_the_one_b
     assert talked.dialogue.exchanges == [Exchange("hello", "HELLO", "stop")]
 
 
+def test_an_answer_that_cannot_be_given_again_stays():
+    talked, _, _ = talk(["hello"])
+    talked.dialogue.system = "x" * 100
+    with pytest.raises(InputError, match="the prompt has 106 tokens"):
+        talked.take("/again")
+    assert talked.dialogue.exchanges == [Exchange("hello", "HELLO", "stop")]
+
+
 def test_a_script_is_interrupted_as_a_whole():
     with pytest.raises(KeyboardInterrupt):
         talk(["hello"], at_terminal=False, stop_after=2)

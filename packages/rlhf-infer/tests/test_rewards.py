@@ -279,6 +279,30 @@ def test_what_a_function_returns_is_checked(scorer, returned, reason):
         scorer(f"def reward(responses): return {returned}").score(GIVEN)
 
 
+def test_a_function_that_exits_is_an_error_and_ends_nothing(scorer):
+    with pytest.raises(RunError, match=r"my_rewards.py failed .*SystemExit: 0"):
+        scorer("import sys\ndef reward(responses): sys.exit(0)").score(GIVEN)
+    with pytest.raises(InputError, match=r"cannot be run: .*SystemExit"):
+        scorer("raise SystemExit(0)")
+
+
+def test_a_file_is_run_once_and_is_the_module_that_pickle_finds(scorer, tmp_path):
+    source = f"""
+        import pickle
+        with open({str(tmp_path / "runs")!r}, "a") as runs:
+            runs.write("x")
+        def length(text):
+            return len(text)
+        def reward(responses):
+            return [pickle.loads(pickle.dumps(length))(text) for text in responses]
+    """
+    made = scorer(source)
+    check_scorer(ScorerOptions(pretrain=str(tmp_path / "my_rewards.py")))
+    assert made.score(GIVEN) == [10.0] * 5 and (tmp_path / "runs").read_text() == "x"
+    assert scorer(source + "        # changed").score(GIVEN) == [10.0] * 5
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
 def test_an_error_in_a_function_is_reported_with_the_users_own_line(scorer):
     source = """
         import json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 
 from rlhf_core.libraries import settle
 from rlhf_data.errors import InputError, RunError
-from rlhf_infer import score
+from rlhf_data.rows import Chat
+from rlhf_infer import progress, score
 from rlhf_infer.rewards import model as model_rewards
 from rlhf_infer.rewards.figures import ScoreSummary
 from rlhf_infer.rewards.function import FunctionScorer
+from rlhf_infer.rewards.responses import prompt_messages
+from rlhf_infer.score import source_of
 
 settle()
 
@@ -254,7 +258,7 @@ def test_a_job_that_was_killed_within_a_window_computes_the_same_rows_together(r
     run(generated(40), micro_batch_size=16)
     whole, job = (tmp_path / "out.jsonl").read_bytes(), json.loads((tmp_path / "out.jsonl.job.json").read_text())
     lines = whole.splitlines(keepends=True)
-    for done in (1, 7, 39):
+    for done in (1, 7, 39, 40):
         (tmp_path / "out.jsonl").unlink()
         (tmp_path / "out.jsonl.job.json").unlink()
         (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:done]))
@@ -264,7 +268,8 @@ def test_a_job_that_was_killed_within_a_window_computes_the_same_rows_together(r
         with monkeypatch.context() as patch:
             patch.setattr(model_rewards.ModelScorer, "judge", counting)
             run(generated(40), micro_batch_size=16)
-        assert asked.pop() == 40 and not asked and (tmp_path / "out.jsonl").read_bytes() == whole
+        assert asked == [40] * (done < 40) and (tmp_path / "out.jsonl").read_bytes() == whole
+        asked.clear()
 
 
 def test_a_job_that_stopped_in_the_middle_goes_on_and_gives_the_same_bytes(run, tmp_path, monkeypatch):
@@ -369,17 +374,72 @@ def test_a_function_cannot_write_over_a_scored_row(run, tmp_path):
 
 
 def test_another_function_in_the_same_file_is_another_job(run, function, monkeypatch):
-    def killed(*given: Any) -> None:
-        raise KeyboardInterrupt
+    judge, asked = FunctionScorer.judge, []
 
+    def killed(self, answers):
+        asked.append(len(answers))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return judge(self, answers)
+
+    rows = generated(70)
     with monkeypatch.context() as patch:
         patch.setattr(FunctionScorer, "judge", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(pretrain=function)
+            run(rows, pretrain=function, micro_batch_size=1)
     Path(function).write_text(FUNCTION.replace("len(r) +", "2 * len(r) +"))
     with pytest.raises(InputError, match=r"unfinished output of another command .*--pretrain"):
-        run(pretrain=function)
-    assert run(pretrain=function, overwrite=True).rows == 20
+        run(rows, pretrain=function, micro_batch_size=1)
+    assert run(rows, pretrain=function, overwrite=True).rows == 70
+
+
+def test_a_function_made_of_another_one_is_told_by_the_file_that_was_named(function):
+    made = FUNCTION + "from functools import partial\nreward = partial(reward)\n"
+    Path(function).write_text(made)
+    before = source_of(function)
+    Path(function).write_text(made + "# changed\n")
+    assert source_of(function) != before
+
+
+def test_scored_rows_are_not_replaced_by_those_that_are_made_of_them(run, function, tmp_path):
+    run(pretrain=function, post_processor="rs")
+    scored = tmp_path / "out.jsonl.scored.jsonl"
+    before = scored.read_bytes()
+    with pytest.raises(InputError, match=r"--output_path .*out\.jsonl\.scored\.jsonl is \(in\) --dataset"):
+        run(dataset=str(scored), pretrain=function, post_processor="filter", reward_threshold=1.0)
+    assert scored.read_bytes() == before
+
+
+def test_a_broken_line_far_on_is_said_before_the_first_row_is_scored(function, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    write(path, generated(3000))
+    with path.open("a") as file:
+        file.write("{\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl:3001"):
+        score(pretrain=function, dataset=str(path), output_path=str(tmp_path / "out.jsonl"), dry_run=True)
+    monkeypatch.setattr(progress, "PATIENCE", 0)  # counted while it is scored
+    with pytest.raises(InputError, match=r"rows\.jsonl:3001"):
+        score(pretrain=function, dataset=str(path), output_path=str(tmp_path / "out.jsonl"), micro_batch_size=1)
+
+
+def test_what_json_cannot_hold_in_messages_is_written_as_text():
+    asked = {"role": "user", "content": "hi", "at": datetime(2026, 1, 2), "score": float("nan")}
+    chat = Chat([asked, {"role": "assistant", "content": "ho"}])
+    (message,) = prompt_messages(chat, has_chat_template=True)["messages"]
+    assert (message["at"], message["score"]) == ("2026-01-02 00:00:00", None)
+
+
+def test_in_a_chat_a_reward_model_reads_no_more_than_its_own_context(reward_model, tmp_path):
+    from rlhf_infer.chat import ChatConfig
+    from rlhf_infer.talk.voice import scorer_of
+
+    config = ChatConfig(pretrain="any", reward_pretrain=str(reward_model), best_of_n=2)
+    assert [options and options.max_len for options in (scorer_of(config, 4096), scorer_of(config, 50))] == [96, 50]
+    small = shutil.copytree(reward_model, tmp_path / "small")
+    architecture = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(architecture | {"vocab_size": 9}))
+    with pytest.raises(InputError, match=r"--reward_pretrain .*the model only 9"):
+        scorer_of(config.model_copy(update={"reward_pretrain": str(small)}), 50)
 
 
 CHAT = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]

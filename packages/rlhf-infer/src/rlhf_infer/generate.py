@@ -283,7 +283,7 @@ class Job:
             return {}
         messages = conversation.messages
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return {"messages": asked} | ({"tools": conversation.tools} if conversation.tools else {})
+        return {"messages": as_json(asked)} | ({"tools": as_json(conversation.tools)} if conversation.tools else {})
 
     def _engine(self) -> Engine:
         from rlhf_infer.engines.choose import make_engine
@@ -293,7 +293,10 @@ class Job:
             return make_engine(self.config, self.model_config, self.tokenizer)
         block = block_size(self.config, self.engine_name, self.prompts.count() - self.output.done)
         return Replicas(
-            partial(make_copy, self.config), self.config.engine, block, beside(self.path, ".partial.prompts")
+            partial(make_copy, self.config, Path.cwd()),
+            self.config.engine,
+            block,
+            beside(self.path.resolve(), ".partial.prompts"),
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -340,10 +343,17 @@ def describe_model(config: GenerateConfig) -> tuple[Any, Any]:
     return architecture, tokenizer
 
 
-def make_copy(config: GenerateConfig) -> Engine:
-    """One of several engines, in a process of its own."""
+def make_copy(config: GenerateConfig, folder: Path) -> Engine:
+    """One of several engines, in a process of its own.
+
+    Args:
+        config: the job.
+        folder: that its relative paths are meant from; a cluster's processes start elsewhere.
+    """
     from rlhf_infer.engines.choose import make_engine
 
+    if folder.is_dir():  # another node may not have it, and then names there mean what they mean
+        os.chdir(folder)
     return make_engine(config, *describe_model(config))
 
 

@@ -23,20 +23,35 @@ class Count:
 
     def __init__(self, count: Callable[[], int]) -> None:
         self.total: int | None = None
+        self.error: InputError | None = None
         self._work = count
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def said(self, unit: str) -> str:
-        """For the plan: the number, or that it is not known yet."""
+        """For the plan: the number, or that it is not known yet.
+
+        Raises:
+            InputError: the data has a line that is no row.
+        """
         self._thread.join(PATIENCE)
+        self.check()
         return f"{unit} are being counted" if self.total is None else f"{self.total:,} {unit}"
+
+    def check(self) -> None:
+        """Raise what was found: better now than after hours, when whoever reads the rows comes to it.
+
+        Raises:
+            InputError: the data has a line that is no row.
+        """
+        if self.error is not None:
+            raise self.error
 
     def _run(self) -> None:
         try:
             self.total = self._work()
-        except InputError:
-            return  # a line of a file is no row: whoever reads the rows comes to it, and says so
+        except InputError as error:
+            self.error = error
 
 
 class Bar:
@@ -60,7 +75,12 @@ class Bar:
         self._bar.close()
 
     def advance(self, items: int, tokens: int) -> None:
-        """So many items are done, with so many tokens."""
+        """So many items are done, with so many tokens.
+
+        Raises:
+            InputError: the data has a line that is no row, further on.
+        """
+        self._count.check()
         self._tokens += tokens
         self._bar.total = self._count.total
         pace = self._tokens / max(time.perf_counter() - self._start, 1e-9)

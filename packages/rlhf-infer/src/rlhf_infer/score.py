@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -195,7 +196,6 @@ class Job:
         self.config, self.world_size = config, world_size
         self.by_function = is_function(config.model.pretrain)
         self.path = Path(config.output.output_path)
-        check_apart(self.path, config.data.dataset)
         check_scorer(scorer_options(config))
         tokenizer = self._check_function() if self.by_function else self._check_model()
         data = config.data
@@ -281,7 +281,8 @@ class Job:
             self.scored_now = scorer is not None
             start = time.perf_counter()
             with Bar("score", "rows", output.done, self.count) as bar:
-                skipped = output.done % self._window  # the same rows are computed together as without a break
+                # the same rows are computed together as without a break; without a scorer nothing is computed
+                skipped = output.done % self._window if scorer else 0
                 for window in self.responses.windows(self._window, output.done - skipped):
                     self._append(output, window, scorer, skipped)
                     computed = sum(tokens_of(item) for item in window)
@@ -400,6 +401,8 @@ class Job:
             jobs.append(jobs[-1] | {"calibrate": True})
         if config.processor.post_processor:
             jobs.append(jobs[-1] | config.processor.model_dump())
+        for path in paths:
+            check_apart(path, config.data.dataset)
         return [JobOutput(path, job, config.output.overwrite) for path, job in zip(paths, jobs, strict=True)]
 
     def _identity(self) -> dict[str, Any]:
@@ -485,12 +488,17 @@ def statistics(architecture: Any, name: str) -> Any:
 
 
 def source_of(name: str) -> dict[str, str]:
-    """What tells a Python function from another of its name: a digest of the file it is in."""
+    """What tells a Python function from another of its name: a digest of the file that was named, and of the file that the
+    function itself is in, if that is another one.
+    """
     from rlhf_infer.rewards.function import find_function
 
     found = inspect.unwrap(find_function(name, "--pretrain"))
-    file = inspect.getsourcefile(found) if hasattr(found, "__code__") else inspect.getsourcefile(type(found))
-    return {"sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+    where = name.rpartition(":")[0] or name
+    named = str(Path(where).expanduser()) if where.endswith(".py") else getattr(sys.modules[where], "__file__", None)
+    own = inspect.getsourcefile(found if hasattr(found, "__code__") else type(found))
+    files = {Path(file).resolve(): None for file in (named, own) if file}
+    return {"sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()} if files else {}
 
 
 def finish_early(output: JobOutput, dropped: dict[str, tuple[int, str]]) -> None:

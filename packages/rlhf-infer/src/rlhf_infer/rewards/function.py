@@ -71,7 +71,7 @@ class FunctionScorer(Scorer):
         }
         try:
             returned = self.function(**{name: everything[name] for name in self.arguments})
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a grader that runs what a model wrote may be told to exit
             raise RunError(f"{self.name} failed {place_of(error, self.function)}: {in_words(error)}") from error
         columns = dict(returned) if isinstance(returned, Mapping) else {REWARDS: returned}
         if REWARDS not in columns:
@@ -162,32 +162,42 @@ def find_function(name: str, option: str) -> Callable[..., Any]:
     return found
 
 
+FILES: dict[tuple[Path, int, int], ModuleType] = {}
+"""Files that were run as modules, by path, time of their last change, and size."""
+
+
 def import_file(path: Path, name: str, option: str) -> ModuleType:
-    """Run a file as a module of its own name; what lies beside it can be imported, as if the file was run."""
+    """Run a file as a module of its own name, once; what lies beside it can be imported, as if the file was run."""
     if not path.is_file():
         raise InputError(f"{option} {name}: there is no file {path}")
+    read = path.resolve(), path.stat().st_mtime_ns, path.stat().st_size
+    if read in FILES:
+        return FILES[read]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     folder = str(path.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)
-    sys.modules.setdefault(path.stem, module)  # where the file defines classes, pickle and dataclasses look here
+    before = sys.modules.get(path.stem)
+    if before is None or before in FILES.values():
+        sys.modules[path.stem] = module  # where the file defines classes, pickle and dataclasses look here
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
         if sys.modules.get(path.stem) is module:
             del sys.modules[path.stem]
-        if isinstance(error, Exception):
+        if isinstance(error, Exception | SystemExit):
             raise InputError(f"{option} {name}: {path} cannot be run: {at(error)}{in_words(error)}") from error
         raise
+    FILES[read] = module
     return module
 
 
 def import_named(where: str, name: str, option: str) -> ModuleType:
     try:
         return importlib.import_module(where)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"{option} {name}: the module {where} cannot be imported: {at(error)}{in_words(error)}"
         ) from error

@@ -202,8 +202,8 @@ def prompt_messages(conversation: Pair | Chat, has_chat_template: bool) -> dict[
         conversation = as_chat(conversation)
     if not isinstance(conversation, Chat):
         return {}
-    asked = {"messages": conversation.messages[: reply_place(conversation)]}
-    return asked | ({"tools": conversation.tools} if conversation.tools else {})
+    asked = {"messages": as_json(conversation.messages[: reply_place(conversation)])}
+    return asked | ({"tools": as_json(conversation.tools)} if conversation.tools else {})
 
 
 def tokens_of(item: Item) -> int:

@@ -149,9 +149,12 @@ class Talk:
     def again(self, _: str) -> None:
         if self.voice.greedy:
             raise InputError("--greedy_sampling would give the same answer again: start without it")
-        last = self.dialogue.undo()
-        if not self.answer(last.prompt, last.tries + 1):
-            self.dialogue.exchanges.append(last)
+        last, answered = self.dialogue.undo(), False
+        try:
+            answered = self.answer(last.prompt, last.tries + 1)
+        finally:
+            if not answered:
+                self.dialogue.exchanges.append(last)
 
     def save(self, name: str) -> None:
         if not name:

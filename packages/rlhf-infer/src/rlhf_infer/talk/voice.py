@@ -59,8 +59,6 @@ class ModelVoice:
         self.limit_name = "--max_len" if self.limit == config.max_len else "the model's context"
         ends = stop_ids(config.pretrain, model_config, self.tokenizer)
         scorer = scorer_of(config, self.limit)
-        if scorer:
-            check_scorer(scorer)
         loaded = load(config.pretrain, bf16=config.bf16, trust_remote_code=config.trust_remote_code)
         self.engine = TransformersEngine(loaded, ends, micro_batch_size=min(config.best_of_n, 16))
         self.judge = Judge(scorer, slow=config.disable_fast_tokenizer) if scorer else None
@@ -112,10 +110,14 @@ def uses_chat_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def scorer_of(config: ChatConfig, limit: int) -> ScorerOptions | None:
-    """What chooses among answers, if anything does; conversations have at most `limit` tokens."""
+    """What chooses among answers, if anything does, checked; conversations have at most `limit` tokens.
+
+    Raises:
+        InputError: there is no such reward model or function, or its parts do not belong together.
+    """
     if config.reward_pretrain is None:
         return None
-    return ScorerOptions(
+    options = ScorerOptions(
         pretrain=config.reward_pretrain,
         option="--reward_pretrain",
         value_head_prefix=config.value_head_prefix,
@@ -124,6 +126,15 @@ def scorer_of(config: ChatConfig, limit: int) -> ScorerOptions | None:
         max_len=limit,
         missing=("labels", "rows"),
     )
+    if is_function(options.pretrain):
+        check_scorer(options)
+        return options
+    from rlhf_infer.rewards.model import check_reward_model
+
+    architecture = check_reward_model(options)
+    tokenizer = tokenizer_of(options, slow=config.disable_fast_tokenizer)
+    check_vocabulary(options.option, options.pretrain, architecture, len(tokenizer))
+    return replace(options, max_len=min(limit, context_of(architecture) or limit))
 
 
 class ConversationWriter:
