@@ -6,8 +6,8 @@ Every case goes through the command line. Exit code 2 is the user's to mend.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -294,10 +294,11 @@ def test_several_engines_without_ray_name_the_extra(bench, rlhf, tmp_path, monke
 
 def test_the_unfinished_output_of_another_command_is_refused(bench, rlhf, tmp_path, monkeypatch):
     usual = PROMPTS | {"pretrain": bench.tiny, "dataset": bench.data, "output_path": tmp_path / "out.jsonl"}
-    job = sys.modules["rlhf_infer.generate"].Job
+    job = import_module("rlhf_infer.generate").Job
 
     def killed(self: Any) -> None:
-        with self.output:
+        with self.output as output:
+            output.append([{"row": 0}])
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
