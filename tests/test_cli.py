@@ -13,6 +13,8 @@ from typing import Annotated
 
 import pytest
 
+from rlhf_cli.errors import reported
+
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "numpy", "peft", "pyarrow", "wandb", "vllm", "ray")
 SHOW_HEAVY = f"""
 import sys
@@ -374,3 +376,19 @@ def test_the_module_and_the_script_are_the_same_program(program):
         program(["--version"]).out
         == subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
     )
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    rows = "rlhf_cli.errors import reported\nwith reported():\n    for n in range(100000): print(n)"
+    command = subprocess.Popen([sys.executable, "-c", f"from {rows}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None and command.stderr is not None
+    assert command.stdout.readline() == b"0\n"
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait(60)) == (b"", 141)
+    command.stderr.close()
+
+
+def test_another_broken_pipe_is_one(capsys):
+    with pytest.raises(SystemExit) as ended, reported():
+        raise BrokenPipeError("a server left")
+    assert ended.value.code == 1 and "BrokenPipeError: a server left" in capsys.readouterr().err

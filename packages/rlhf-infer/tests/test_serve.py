@@ -268,7 +268,8 @@ def test_a_body_that_cannot_be_read_is_refused(scorer, case):
 
 def test_a_body_that_does_not_say_that_it_is_json_is_refused(scorer):
     body = [b'{"query": ["1"]}']
-    assert run(scorer, lambda client: client.ask(parts=body, headers={"content-type": "text/plain"})).code == 422
+    refused = run(scorer, lambda client: client.ask(parts=body, headers={"content-type": "text/plain"}))
+    assert refused.code == 422 and "content-type: application/json" in refused.json["detail"]
 
 
 def test_empty_texts_are_refused_with_their_numbers(scorer):

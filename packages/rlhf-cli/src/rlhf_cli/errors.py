@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from rlhf_data.errors import InputError, RunError
 
 USER, PROGRAM = 2, 1
 """Exit codes: the input is at fault, anything else is."""
+
+UNREAD = 141
+"""Exit code where nobody reads what is printed, as a shell reports SIGPIPE."""
 
 
 @contextmanager
@@ -32,9 +36,24 @@ def reported(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_unread():
+            raise SystemExit(UNREAD) from None
         if debug:
             raise
         fail(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (--debug shows where)", PROGRAM)
+
+
+def is_unread() -> bool:
+    """Whether nobody reads standard output any more, as behind `| head`; what is left of it then goes nowhere."""
+    stdout = 1
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stdout)
+    os.close(nowhere)
+    return True
 
 
 @contextmanager

@@ -144,6 +144,8 @@ async def misunderstanding(request: Request, error: Exception) -> JSONResponse:
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     detail = f"{place}: {first['msg']}{others}".removeprefix(": ").replace("Value error, ", "")
+    if "json" not in request.headers.get("content-type", ""):
+        detail += " (a body is read as JSON if the header says `content-type: application/json`)"
     return JSONResponse(Refusal(detail=detail, indices=[]).model_dump(), 422)
 
 
