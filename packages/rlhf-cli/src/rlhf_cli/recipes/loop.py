@@ -131,9 +131,8 @@ def check_writing(config: RecipeConfig, first: GenerateConfig | None) -> None:
         assert isinstance(config, ConditionalSFTConfig)
         asking = ask(config, 0, 0.0)[0].check()
         assert isinstance(asking, GenerateConfig)
-        named = asking.model.model_copy(
-            update={"pretrain": config.model.pretrain}
-        )  # its own comes of it, and is not there yet
+        # the trained model is not there yet; it will be like the one that it comes of
+        named = asking.model.model_copy(update={"pretrain": config.model.pretrain})
         check_engine(asking.model_copy(update={"model": named}), load_model_config(config.model))
         if asking.engine.num_engines > 1:
             check_replicas(asking.engine)
